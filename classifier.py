@@ -1,0 +1,190 @@
+"""A residual network, used twice: the `student` that diagnoses clean images, and the `guide` that
+recognises a class in a noisy image x_t, knowing its noise level t, so that its gradient can steer.
+
+Sources: He et al. 2016 (arXiv 1512.03385), basic blocks, attribute names as in the well-known
+implementations; Dhariwal & Nichol 2021 (arXiv 2105.05233), section 4: a classifier of noisy images.
+
+    python classifier.py --config config.yaml      train one student on the config's data and score it
+"""
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training import fit, random_turn, to_float
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut; a noise level, where given, shifts the features between."""
+
+    def __init__(self, channels: int, out: int, stride: int, condition: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.downsample = None
+        if stride != 1 or channels != out:
+            self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride=stride, bias=False),
+                                            nn.BatchNorm2d(out))
+        self.time = nn.Linear(condition, out) if condition else None
+
+    def forward(self, x: Tensor, c: Tensor | None) -> Tensor:
+        h = self.bn1(self.conv1(x))                                   # (B, out, H/stride, W/stride)
+        if self.time is not None:
+            h = h + self.time(c)[:, :, None, None]
+        h = self.bn2(self.conv2(F.relu(h)))
+        return F.relu(h + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet(nn.Module):
+    """Logits of `classes` from images (B, 3, S, S) in [-1, 1].
+
+    blocks: basic blocks in each layer, (2, 2, 2, 2) is ResNet-18; width doubles from layer to layer.
+    stem: "large" is the published 7x7 stride-2 convolution, without its max-pooling below 128 pixels,
+    where too little would be left; "small" a 3x3 stride-2 one for 32 pixels: stride 1 costs four
+    times the work for the same accuracy there (README).
+    noise_levels: 0 for a student; T for a guide, which is then called with t.
+    """
+
+    def __init__(self, classes: int, blocks: tuple[int, ...] = (2, 2, 2, 2), width: int = 64,
+                 stem: str = "large", noise_levels: int = 0):
+        super().__init__()
+        self.noise_levels, condition = noise_levels, 4 * width if noise_levels else 0
+        kernel = 7 if stem == "large" else 3
+        self.conv1 = nn.Conv2d(3, width, kernel, stride=2, padding=kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.time = nn.Sequential(nn.Linear(width, condition), nn.SiLU()) if noise_levels else None
+        channels, self.layers = width, []
+        for i, count in enumerate(blocks):
+            out = width * 2 ** i
+            layer = nn.ModuleList(BasicBlock(channels if j == 0 else out, out,
+                                             2 if i and j == 0 else 1, condition)
+                                  for j in range(count))
+            self.add_module(f"layer{i + 1}", layer)
+            self.layers.append(f"layer{i + 1}")
+            channels = out
+        self.fc = nn.Linear(channels, classes)
+
+    def features(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        """The pooled features before the last layer: (B, width * 2^(layers - 1)).
+
+        t: (B,) int64 noise levels, for a guide and for none but a guide (ValueError).
+        """
+        if (t is not None) != bool(self.noise_levels):
+            raise ValueError("a guide needs t and a student takes none")
+        c = None
+        if t is not None:
+            # The level as an angle from 0 to pi/2, seen at frequencies 1, 2, 3, ...
+            angle = (t.float() / self.noise_levels * math.pi / 2)[:, None]
+            waves = angle * torch.arange(1, self.conv1.out_channels + 1, device=x.device)
+            c = self.time(waves.cos())                                       # (B, 4 width)
+        h = F.relu(self.bn1(self.conv1(x)))                                  # (B, width, S/2, S/2)
+        if x.shape[-1] >= 128:
+            h = F.max_pool2d(h, 3, stride=2, padding=1)
+        for name in self.layers:
+            for block in getattr(self, name):
+                h = block(h, c)                                              # half the side a layer
+        return h.mean((2, 3))
+
+    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        return self.fc(self.features(x, t))                                  # (B, classes)
+
+
+def build(network: str, size: int, classes: int, noise_levels: int = 0) -> ResNet:
+    """network: "resnet18", "small" (three layers of one block, from 32 channels) or "auto", which
+    is resnet18 at 64 pixels and above, where the small one has too little depth to see far."""
+    if network == "resnet18" or network == "auto" and size >= 64:
+        return ResNet(classes, noise_levels=noise_levels)
+    return ResNet(classes, (1, 1, 1), 32, "small", noise_levels)
+
+
+def jitter_colour(x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Light, pigment and camera change: a random gain for each image, and a small one per channel.
+
+    Beer-Lambert: more melanin takes a factor off the light, so the log-gain is what is drawn:
+    common to the channels uniform in [-strength, min(strength, 0.15)] (light skin is close to white
+    already: there is little room upward), plus a tenth of strength per channel.
+    x: (B, 3, H, W) in [-1, 1]. Returns the same, clipped; strength 0 returns x itself.
+    """
+    if strength == 0:
+        return x
+    u = torch.rand(len(x), 4, 1, 1, generator=generator, device=x.device)
+    up = min(strength, 0.15)
+    log_gain = u[:, :1] * (strength + up) - strength + 0.1 * strength * (2 * u[:, 1:] - 1)
+    return ((x + 1) * log_gain.exp() - 1).clamp(-1, 1)
+
+
+def random_shift(x: Tensor, generator: torch.Generator, pixels: int) -> Tensor:
+    """Each image moved by up to `pixels` either way, its edge mirrored into the gap."""
+    B, C, H, W = x.shape
+    padded = F.pad(x, [pixels] * 4, mode="reflect")
+    dy, dx = torch.randint(2 * pixels + 1, (2, B, 1), generator=generator, device=x.device)
+    rows = dy + torch.arange(H, device=x.device)                             # (B, H)
+    columns = dx + torch.arange(W, device=x.device)                          # (B, W)
+    image = torch.arange(B, device=x.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+
+
+def train(network: ResNet, images: Tensor, labels: Tensor, weights: Tensor, *, steps: int, batch: int,
+          lr: float, jitter: float, seed: int, bf16: bool = False,
+          noise: Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]] | None = None,
+          **progress) -> list[float]:
+    """Train on uint8 images (N, 3, H, W), labels (N,) int64; weights (N,) >= 0 say how often each
+    image is drawn (see `balanced_weights`).
+
+    noise(x0, generator) -> (x_t, t) makes a guide of it: Dhariwal & Nichol 2021, section 4.
+    jitter: strength of `jitter_colour`. `progress` goes to training.fit. Returns the loss history.
+    """
+    # The sampling table is drawn from by search in its cumulative sum: exact, and fast for any N.
+    table = (weights.double() / weights.double().sum()).cumsum(0)
+
+    def loss_fn(generator):
+        u = torch.rand(batch, generator=generator, device=images.device, dtype=torch.float64)
+        index = torch.searchsorted(table, u).clamp(max=len(table) - 1)
+        x = random_turn(to_float(images[index]), generator)
+        x = jitter_colour(x, jitter, generator)
+        if noise is None:
+            logits = network(random_shift(x, generator, max(1, x.shape[-1] // 16)))
+        else:
+            logits = network(*noise(x, generator))
+        return F.cross_entropy(logits, labels[index])
+
+    return fit(network, loss_fn, steps=steps, lr=lr, seed=seed, device=images.device, bf16=bf16,
+               weight_decay=0.05, **progress)
+
+
+def balanced_weights(labels: np.ndarray, cells: np.ndarray | None = None) -> np.ndarray:
+    """Draw every class as often as any other; within a class, every cell (say, skin type) likewise
+    if `cells` (N,) is given. Returns (N,) float64 that sum to 1."""
+    weights = np.zeros(len(labels))
+    for label in np.unique(labels):
+        of_class = labels == label
+        kinds = np.unique(cells[of_class]) if cells is not None else [None]
+        for kind in kinds:
+            members = of_class if kind is None else of_class & (cells == kind)
+            weights[members] = 1 / members.sum() / len(kinds)
+    return weights / weights.sum()
+
+
+@torch.no_grad()
+def predict(network: ResNet, images: Tensor, bf16: bool = False, batch: int = 500) -> np.ndarray:
+    """Class probabilities of clean uint8 images (N, 3, H, W): (N, classes) float32."""
+    network.eval()
+    found = []
+    for part in images.split(batch):
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=bf16):
+            logits = network(to_float(part))
+        found.append(logits.float().softmax(1).cpu())
+    return torch.cat(found).numpy()
+
+
+@torch.no_grad()
+def extract_features(network: ResNet, images: Tensor, batch: int = 500) -> np.ndarray:
+    """The pooled features of clean uint8 images (N, 3, H, W): (N, D) float32."""
+    network.eval()
+    return torch.cat([network.features(to_float(part)).float().cpu()
+                      for part in images.split(batch)]).numpy()

@@ -1,0 +1,691 @@
+"""The whole experiment: train, find what fails, generate images like it, retrain, compare.
+
+    python loop.py --config config.yaml                 a new run in runs/config
+    python loop.py --resume runs/config                 go on with one that was stopped
+    python loop.py --config config.yaml --set loop.seeds=5
+
+The only file that knows the others: it owns the config, the device, the seeds, the order and the files.
+Stages, in order: data; diffusion model and guide (on the train split alone, once); judge; colour jitter
+chosen on val; rounds of cross-fitting, mining, synthesis and filtering; the arms; the report.
+"""
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+import classifier
+import config as configuration
+import data
+import ddpm
+import evaluate
+import guidance
+import pictures
+import report
+from config import ARMS, Config, ConfigError
+from data import DataError, ImageSet
+from runfolder import Progress, RunFolder, clock, new_folder, save_picture, write_bytes
+from training import seeded, to_float, to_uint8
+from unet import UNet
+
+CHUNK = 128         # images synthesised together: bounds memory; streams are per image (ddpm.Noise)
+
+
+def derive(*parts) -> int:
+    """A seed for every purpose: unrelated streams from (seed, name, number, ...)."""
+    words = [zlib.crc32(p.encode()) if isinstance(p, str) else int(p) for p in parts]
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+@dataclass
+class Candidates:
+    """Synthetic images of one arm before the filter: all (N, ...), in the order they were asked for."""
+    images: np.ndarray          # uint8 (N, 3, H, W)
+    parents: np.ndarray         # int64, index into the set of parents
+    targets: np.ndarray         # int64, the group asked for, -1 where there are none
+    seeds: np.ndarray           # int64, of the image's own random stream
+    judge: np.ndarray           # float32, the judge's probability of the asked class
+    fate: np.ndarray            # int64, index into FATES
+    nonfinite_gradients: int = 0
+
+
+FATES = ("kept", "nonfinite", "judge", "copy")
+
+
+class Experiment:
+    """One run: what every stage needs, and the stages as methods."""
+
+    def __init__(self, config: Config, run: RunFolder):
+        self.config, self.run = config, run
+        self.device = pick_device(config.loop.device)
+        self.bf16 = pick_bf16(config.loop.bf16, self.device)
+        asked = ARMS if "all" in config.loop.arms else tuple(a for a in ARMS if a in config.loop.arms)
+        self.arms = list(asked)
+
+    # ---- data ------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Load and split the data; say what there is."""
+        c = self.config.data
+        progress = Progress("data")
+        cache = self.run.folder.parent / "cache" / f"{c.kind}_{c.size}"
+        self.splits = data.load(**vars(c), cache=cache, progress=progress)
+        progress.end()
+        self.train = self.splits["train"]
+        print(data.counts_table(self.splits))
+        self.run.log("data", **{name: data.counts(s) for name, s in self.splits.items()})
+        if not self.train.group_names and "balanced" in self.arms:
+            self.arms.remove("balanced")
+            print("arm 'balanced' left out: without groups it is 'real', which is even over classes")
+        self.tensors = {name: self.tensor(s.images) for name, s in self.splits.items()}
+        self.schedule = ddpm.Schedule(self.config.ddpm.T, self.config.ddpm.schedule, self.device)
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        return torch.tensor(array, device=self.device)
+
+    def seed(self, *parts) -> int:
+        return derive(self.config.loop.seed, *parts)
+
+    # ---- networks --------------------------------------------------------------------------------
+
+    def new_unet(self, seed: int) -> UNet:
+        c, train = self.config, self.train
+        return seeded(seed, lambda: UNet(c.data.size, len(train.class_names), len(train.group_names),
+                                         c.unet.width, tuple(c.unet.multipliers), c.unet.blocks,
+                                         c.unet.attention, c.unet.patch)).to(self.device)
+
+    def new_resnet(self, seed: int, noise_levels: int = 0) -> classifier.ResNet:
+        c = self.config
+        return seeded(seed, lambda: classifier.build(c.classifier.network, c.data.size,
+                                                     len(self.train.class_names), noise_levels)
+                      ).to(self.device)
+
+    def train_generator(self) -> None:
+        """The diffusion model and the guide, once, on the train split alone."""
+        c, x = self.config.ddpm, self.tensors["train"]
+        labels, groups = self.tensor(self.train.labels), self.tensor(self.train.groups)
+        self.unet = self.new_unet(self.seed("ddpm"))
+        self.run.train("ddpm", self.unet, c.steps, lambda **progress: ddpm.train(
+            self.unet, self.schedule, x, labels, groups, steps=c.steps, batch=c.batch, lr=c.lr,
+            ema_decay=c.ema, prediction=c.prediction, drop=c.drop, seed=self.seed("ddpm"),
+            bf16=self.bf16, **progress))
+
+        def noise(x0, generator):
+            t = torch.randint(c.T, (len(x0),), generator=generator, device=x0.device)
+            eps = torch.randn(x0.shape, generator=generator, device=x0.device)
+            return self.schedule.q_sample(x0, t, eps), t
+        self.guide = self.new_resnet(self.seed("guide"), noise_levels=c.T)
+        k = self.config.classifier
+        weights = self.tensor(classifier.balanced_weights(self.train.labels))
+        self.run.train("guide", self.guide, k.guide_steps, lambda **progress: classifier.train(
+            self.guide, x, labels, weights, steps=k.guide_steps, batch=k.batch, lr=k.lr,
+            jitter=min(k.jitter), seed=self.seed("guide"), bf16=self.bf16, noise=noise, **progress))
+
+    def student(self, name: str, images: ImageSet, weights: np.ndarray, seed: int,
+                jitter: float) -> classifier.ResNet:
+        """A student trained to the end of its schedule; the same seed is the same start everywhere."""
+        k = self.config.classifier
+        network = self.new_resnet(seed)
+        x, labels = self.tensor(images.images), self.tensor(images.labels)
+        self.run.train(name, network, k.steps, lambda **progress: classifier.train(
+            network, x, labels, self.tensor(weights), steps=k.steps, batch=k.batch, lr=k.lr,
+            jitter=jitter, seed=seed, bf16=self.bf16, **progress))
+        return network
+
+    def predict(self, network: classifier.ResNet, images) -> np.ndarray:
+        x = images if isinstance(images, Tensor) else self.tensor(images)
+        return classifier.predict(network, x, self.bf16)
+
+    def choose_jitter(self) -> None:
+        """The strength of colour jitter for every student: whichever serves `real` best on val."""
+        candidates = self.config.classifier.jitter
+        self.jitter, self.jitter_scores = candidates[0], {}
+        if len(candidates) > 1:
+            for strength in candidates:
+                student = self.student(f"jitter_{strength:g}", self.train,
+                                       classifier.balanced_weights(self.train.labels),
+                                       self.seed("jitter"), strength)
+                self.jitter_scores[strength] = self.score_val(student)
+            self.jitter = max(candidates, key=lambda s: self.jitter_scores[s])
+            print("colour jitter by balanced accuracy on val:", ", ".join(
+                f"{s:g}: {v:.3f}" for s, v in self.jitter_scores.items()), "- chosen", self.jitter)
+
+    def score_val(self, student: classifier.ResNet) -> float:
+        """Balanced accuracy on val, the one figure by which things are chosen."""
+        val = self.splits["val"]
+        votes = self.predict(student, self.tensors["val"]).argmax(1)
+        return float(np.mean([(votes[val.labels == c] == c).mean()
+                              for c in np.unique(val.labels)]))
+
+    def train_judge(self) -> None:
+        """The filter's judge: its own seed, and it never guides, mines or is scored."""
+        self.judge = self.student("judge", self.train, classifier.balanced_weights(self.train.labels),
+                                  self.seed("judge"), self.jitter)
+        # A near-copy lies closer to a training image than nearly every unseen real image does.
+        distance, _ = evaluate.nearest_distance(thumbnails(self.splits["val"].images),
+                                                thumbnails(self.train.images))
+        self.copy_distance = float(np.quantile(distance, 0.01))
+
+    # ---- a round ---------------------------------------------------------------------------------
+
+    def cross_fit(self, number: int, synthetic: ImageSet | None) -> list[classifier.ResNet]:
+        """Student k learns from all folds but k, synthetic images included: a child has its parent's
+        fold, so `folds != k` keeps parent and child on the same side."""
+        students = []
+        for k in range(self.config.data.folds):
+            real = self.train.subset(self.train.folds != k)
+            added = None if synthetic is None else synthetic.subset(synthetic.folds != k)
+            images, weights = self.mixed(real, added)
+            students.append(self.student(f"crossfit_{number}_{k}", images, weights,
+                                         self.seed("crossfit", number, k), self.jitter))
+        return students
+
+    def mixed(self, real: ImageSet, added: ImageSet | None,
+              cells: np.ndarray | None = None) -> tuple[ImageSet, np.ndarray]:
+        """Real images with `added` ones and how often each is drawn: `loop.share` of a batch is
+        added images, the rest real; classes even in both."""
+        weights = classifier.balanced_weights(real.labels, cells)
+        if added is None or len(added) == 0:
+            return real, weights
+        share = self.config.loop.share
+        return real.extend(added), np.concatenate(
+            [(1 - share) * weights, share * classifier.balanced_weights(added.labels)])
+
+    def out_of_fold(self, students: list[classifier.ResNet]) -> np.ndarray:
+        """Every training image's class probabilities by the student that never saw its lesion."""
+        probs = np.zeros((len(self.train), len(self.train.class_names)), np.float32)
+        for k, student in enumerate(students):
+            fold = np.flatnonzero(self.train.folds == k)
+            probs[fold] = self.predict(student, self.train.images[fold])
+        return probs
+
+    def mine(self, images: ImageSet, probs: np.ndarray, count: int, seed: int,
+             hard_only: bool = True) -> np.ndarray:
+        """Indices of `count` parents: wrong or low-margin ones (all if not hard_only).
+
+        A class x group cell with few of them is drawn from as often as one with many; where there
+        are fewer than `count`, all are taken before any is taken again.
+        """
+        pool = np.arange(len(images))
+        if hard_only:
+            pool = np.flatnonzero(margins(probs, images.labels) < self.config.loop.margin)
+        if len(pool) == 0:
+            raise DataError("no hard case was found: the students are right about every image; raise "
+                            "loop.margin or give them less to learn from")
+        cells = images.labels[pool] * (len(images.group_names) + 1) + images.groups[pool]
+        counts = np.unique(cells, return_counts=True)
+        weight = 1 / counts[1][np.searchsorted(counts[0], cells)]
+        rng, chosen = np.random.default_rng(seed), []
+        while len(chosen) < count:
+            take = min(count - len(chosen), len(pool))
+            chosen.extend(rng.choice(pool, take, replace=False, p=weight / weight.sum()))
+        return np.array(chosen)
+
+    def targets(self, parents: ImageSet, seed: int) -> np.ndarray:
+        """The group that each parent is carried to: any but its own, each as likely; -1 without groups."""
+        groups, rng = len(parents.group_names), np.random.default_rng(seed)
+        if groups < 2:
+            return np.full(len(parents), -1)
+        other = rng.integers(0, groups - 1, len(parents))
+        known = np.where(parents.groups < 0, groups, parents.groups)
+        return other + (other >= known)
+
+    def synthesise(self, parents: ImageSet, targets: np.ndarray, seeds: np.ndarray, *,
+                   start: str | None = None, scales: tuple[float, float, float] | None = None,
+                   progress=lambda done, total: None) -> tuple[np.ndarray, np.ndarray, int]:
+        """One image per parent: uint8 (N, 3, H, W), which of them came out finite, and how many
+        gradients did not.
+
+        start: "counterfactual" (invert, decode under the target group), "parent" (its noised image)
+        or "noise"; without groups a counterfactual would be the image itself, so it becomes "parent".
+        scales: of class evidence, hardness and likeness; None: the config's.
+        """
+        c = self.config.guidance
+        start = start or c.start
+        if start == "counterfactual" and not self.train.group_names:
+            start = "parent"
+        scales = scales or (c.class_scale, c.hardness_scale, c.likeness_scale)
+        tally, made = guidance.Tally(), []
+        for first in range(0, len(parents), CHUNK):
+            part = slice(first, first + CHUNK)
+            x0 = to_float(self.tensor(parents.images[part]))
+            y, own, target = (self.tensor(a[part]) for a in (parents.labels, parents.groups, targets))
+            noise = ddpm.Noise(list(seeds[part]), self.device)
+            terms = [(scales[0], guidance.class_evidence(self.guide, y)),
+                     (scales[1], guidance.hardness(self.students, y)),
+                     (scales[2], guidance.likeness(self.students[0].features,
+                                                   self.features(self.students[0], x0)))]
+
+            def model(group, scale=1.0):
+                return ddpm.eps_model(self.unet, self.schedule, y, group, scale=scale,
+                                      prediction=self.config.ddpm.prediction, bf16=self.bf16)
+            wanted = guidance.guided_eps(model(target, c.classifier_free), self.schedule, terms, tally)
+            if start == "counterfactual":
+                x = guidance.counterfactual(model(own), wanted, self.schedule, x0, c.depth, c.steps)
+            elif start == "parent":
+                x = guidance.variation(wanted, self.schedule, x0, noise(*x0.shape[1:]), c.strength,
+                                       c.steps)
+            else:
+                x = ddpm.sample_ddim(wanted, self.schedule, noise(*x0.shape[1:]), c.steps)
+            made.append(x.float().cpu())
+            progress(min(first + CHUNK, len(parents)), len(parents))
+        x = torch.cat(made)
+        return to_uint8(x.nan_to_num()).numpy(), x.flatten(1).isfinite().all(1).numpy(), tally.nonfinite
+
+    @torch.no_grad()
+    def features(self, network: classifier.ResNet, x: Tensor) -> Tensor:
+        return network.features(x)
+
+    def candidates(self, name: str, arm: str, source: ImageSet, chosen: np.ndarray,
+                   targets: np.ndarray, seed: int) -> Candidates:
+        """The images an arm would add, and what the filter says of each; the same filter for all."""
+        parents = source.subset(chosen)
+        seeds = np.array([derive(seed, i) for i in range(len(chosen))])
+
+        def compute(progress):
+            dropped, finite = 0, np.ones(len(parents), bool)
+            if arm == "replay":
+                images = parents.images
+            elif arm == "recolour":
+                images = recoloured(self.train, parents, targets, seed)
+            else:
+                start = "noise" if arm == "noise" else None
+                images, finite, dropped = self.synthesise(parents, targets, seeds, start=start,
+                                                          progress=progress)
+            probs = self.predict(self.judge, images)
+            fate = np.zeros(len(parents), np.int64)
+            if arm not in ("replay", "recolour"):           # those two are copies by intention
+                distance, _ = evaluate.nearest_distance(thumbnails(images),
+                                                        thumbnails(self.train.images))
+                fate[distance < self.copy_distance] = FATES.index("copy")
+            fate[probs.argmax(1) != parents.labels] = FATES.index("judge")
+            fate[~finite] = FATES.index("nonfinite")
+            judge = probs[np.arange(len(parents)), parents.labels]
+            return {"images": torch.tensor(images), "judge": torch.tensor(judge),
+                    "fate": torch.tensor(fate), "dropped": dropped}
+        stored = self.run.stage(name, compute)
+        return Candidates(stored["images"].numpy(), chosen, targets, seeds, stored["judge"].numpy(),
+                          stored["fate"].numpy(), stored["dropped"])
+
+    def kept(self, source: ImageSet, made: Candidates, count: int | None = None) -> ImageSet:
+        """The first `count` candidates that passed the filter, as a set with their parents' folds."""
+        index = np.flatnonzero(made.fate == 0)[:count]
+        parents = source.subset(made.parents[index])
+        groups = np.where(made.targets[index] < 0, parents.groups, made.targets[index])
+        return replace(parents, images=made.images[index], groups=groups)
+
+    def round(self, number: int, synthetic: ImageSet | None) -> dict:
+        """Cross-fit, mine, synthesise, filter. Returns the round's candidates and its ledger entry."""
+        self.students = self.cross_fit(number, synthetic)
+        probs = self.out_of_fold(self.students)
+        if number == 1:
+            self.first_students, self.first_probs = self.students, probs
+        wanted = round(self.config.loop.added * len(self.train))
+        count = round(wanted * self.config.loop.surplus)
+        chosen = self.mine(self.train, probs, count, self.seed("mine", number))
+        targets = self.targets(self.train.subset(chosen), self.seed("targets", number))
+        made = self.candidates(f"guided_{number}", "guided", self.train, chosen, targets,
+                               self.seed("synthesis", number))
+        children = self.kept(self.train, made, wanted)
+        self.write_synthetic(number, made, wanted)
+        margin = margins(probs, self.train.labels)
+        votes = np.mean([self.predict(s, made.images) for s in self.students], axis=0)
+        entry = {"round": number, "hard": int((margin < self.config.loop.margin).sum()),
+                 "wrong": int((margin < 0).sum()), "parents": len(np.unique(chosen)),
+                 "candidates": count, "kept": len(children),
+                 "dropped": {f: int((made.fate == i).sum()) for i, f in enumerate(FATES) if i},
+                 "nonfinite_gradients": made.nonfinite_gradients,
+                 "hardness": {"parents_wrong": float((margin[chosen] < 0).mean()), "children_wrong":
+                              float((margins(votes, self.train.labels[chosen]) < 0).mean())},
+                 "judge_agrees": float((made.fate != FATES.index("judge")).mean())}
+        return {"made": made, "children": children, "entry": entry}
+
+    def write_synthetic(self, number: int, made: Candidates, wanted: int) -> None:
+        """synthetic/round_K/<class>/*.png and synthetic.csv: the kept images and where they are from."""
+        folder = self.run.folder / "synthetic" / f"round_{number}"
+        rows = ["file,parent,class,group,fold,judge,seed"]
+        for i in np.flatnonzero(made.fate == 0)[:wanted]:
+            parent, target = made.parents[i], made.targets[i]
+            name = self.train.class_names[self.train.labels[parent]]
+            group = self.train.group_names[target] if target >= 0 else ""
+            file = f"{name}/{i:05d}.png"
+            if not (folder / file).exists():
+                save_picture(folder / file, pictures.one(made.images[i]))
+            rows.append(f"{file},{self.train.sources[parent]},{name},{group},{self.train.folds[parent]},"
+                        f"{made.judge[i]:.4f},{made.seeds[i]}")
+        write_bytes(folder / "synthetic.csv", ("\n".join(rows) + "\n").encode())
+
+    # ---- the arms --------------------------------------------------------------------------------
+
+    def added_sets(self, rounds: list[dict]) -> dict[str, ImageSet | None]:
+        """What each arm adds to the real images: as many of each, by the same filter."""
+        source, chosen, targets = self.train, *(np.concatenate(
+            [getattr(r["made"], key) for r in rounds]) for key in ("parents", "targets"))
+        pools = {"guided": [r["children"] for r in rounds]}
+        for arm in self.arms:
+            if arm in ("replay", "recolour", "noise"):
+                made = self.candidates(arm, arm, source, chosen, targets, self.seed(arm))
+                pools[arm] = [self.kept(source, made)]
+            elif arm == "random":
+                any_one = self.mine(source, self.first_probs, len(chosen), self.seed(arm), False)
+                made = self.candidates(arm, arm, source, any_one, self.targets(
+                    source.subset(any_one), self.seed(arm, "targets")), self.seed(arm))
+                pools[arm] = [self.kept(source, made)]
+        if self.config.loop.mine_from == "test":
+            pools["leaked"] = [self.leaked(len(chosen))]
+        pools = {arm: part[0] if len(part) == 1 else joined(part) for arm, part in pools.items()}
+        count = min(len(pool) for pool in pools.values())
+        if count == 0:
+            empty = [arm for arm, pool in pools.items() if len(pool) == 0]
+            raise DataError(f"the filter left no image for {', '.join(empty)}: train the diffusion "
+                            "model longer (ddpm.steps) or lower the guidance scales")
+        rng = np.random.default_rng(self.seed("thin"))
+        return {arm: pool.subset(np.sort(rng.permutation(len(pool))[:count]))
+                for arm, pool in pools.items()}
+
+    def leaked(self, count: int) -> ImageSet:
+        """The naive protocol, for show: hard cases mined on the test set itself."""
+        test = self.splits["test"]
+        probs = np.mean([self.predict(s, self.tensors["test"]) for s in self.first_students], axis=0)
+        chosen = self.mine(test, probs, count, self.seed("leak"))
+        made = self.candidates("leaked", "guided", test, chosen, self.targets(
+            test.subset(chosen), self.seed("leak", "targets")), self.seed("leak", "synthesis"))
+        return self.kept(test, made)
+
+    def run_arms(self, added: dict[str, ImageSet]) -> dict[str, np.ndarray]:
+        """Train every arm's students from the same starts; their probabilities on val and test."""
+        arms = self.arms + (["leaked"] if "leaked" in added else [])
+        cells = self.train.groups if self.train.group_names else None
+        found = {f"{split}_probs_{arm}": [] for arm in arms for split in ("val", "test")}
+        for arm in arms:
+            images, weights = self.mixed(self.train, added.get(arm),
+                                         cells if arm == "balanced" else None)
+            for s in range(self.config.loop.seeds):
+                student = self.student(f"student_{arm}_{s}", images, weights,
+                                       self.seed("student", s), self.jitter)
+                for split in ("val", "test"):
+                    found[f"{split}_probs_{arm}"].append(self.predict(student, self.tensors[split]))
+        store = {key: np.stack(value) for key, value in found.items()}
+        for split in ("val", "test"):
+            s = self.splits[split]
+            store[f"{split}_reference"] = np.stack([self.predict(k, self.tensors[split])
+                                                    for k in self.first_students])
+            store |= {f"{split}_{key}": getattr(s, key)
+                      for key in ("labels", "groups", "subtypes", "lesions", "sources")}
+        names = self.train
+        store |= {"class_names": np.array(names.class_names), "malignant": np.array(names.malignant),
+                  "group_names": np.array(names.group_names, dtype=str),
+                  "subtype_names": np.array(names.subtype_names, dtype=str),
+                  "arms": np.array(arms), "seeds": np.arange(self.config.loop.seeds),
+                  "optimistic": np.array([arm == "leaked" for arm in arms])}
+        return store
+
+    # ---- the whole -------------------------------------------------------------------------------
+
+    def go(self) -> None:
+        """All stages in order; those that an earlier attempt finished are read, not done again."""
+        print(f"device {self.device}{', bf16' if self.bf16 else ''}, "
+              f"{torch.get_num_threads()} threads; run folder {self.run.folder}")
+        self.prepare()
+        print(f"this will take about {clock(self.estimate())} on this machine", flush=True)
+        self.picture("data", lambda: pictures.by_class_and_group(self.train))
+        self.train_generator()
+        self.choose_jitter()
+        self.train_judge()
+        rounds, synthetic = [], None
+        for number in range(1, self.config.loop.rounds + 1):
+            rounds.append(self.round(number, synthetic))
+            new = rounds[-1]["children"]
+            synthetic = new if synthetic is None else synthetic.extend(new)
+            print(json.dumps(rounds[-1]["entry"]), flush=True)
+            if number < self.config.loop.rounds:       # the last round's students are the arms
+                images, weights = self.mixed(self.train, synthetic)
+                student = self.student(f"round_{number}", images, weights, self.seed("student", 0),
+                                       self.jitter)
+                rounds[-1]["entry"]["val_balanced_accuracy"] = self.score_val(student)
+        added = self.added_sets(rounds)
+        predictions = self.run_arms(added)
+        self.finish(rounds, added, predictions)
+
+    def finish(self, rounds: list[dict], added: dict, predictions: dict) -> None:
+        """Predictions, results, pictures and report."""
+        folder, c = self.run.folder, self.config
+        buffer = folder / "predictions.npz.tmp"
+        with open(buffer, "wb") as file:
+            np.savez_compressed(file, **predictions)
+        os.replace(buffer, folder / "predictions.npz")
+        results = {"format": 1, "name": folder.name, "config": c.as_dict(),
+                   "environment": environment(self.device, self.bf16),
+                   "splits": {name: data.counts(s) for name, s in self.splits.items()},
+                   "jitter": {"chosen": self.jitter, "val_balanced_accuracy":
+                              {f"{k:g}": v for k, v in self.jitter_scores.items()}},
+                   **evaluate.score(predictions, min_count=c.evaluate.min_count,
+                                    draws=c.evaluate.draws),
+                   "rounds": [r["entry"] for r in rounds]}
+        for arm in results["arms"]:
+            results["arms"][arm]["added"] = len(added[arm]) if arm in added else 0
+        real = results["arms"]["guided" if "guided" in results["arms"] else "real"]["seeds"]
+        rounds[-1]["entry"]["val_balanced_accuracy"] = float(
+            np.mean([s["val"]["balanced_accuracy"] or 0 for s in real]))
+        self.draw(rounds, predictions)
+        write_bytes(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+        report.write(folder)
+        print(results["verdict"])
+        print(f"report: {folder / 'report.md'} and {folder / 'report.html'}")
+
+    def picture(self, name: str, draw) -> None:
+        """Draw pictures/name.png unless it is there; a picture that has nothing to show is None."""
+        path = self.run.folder / "pictures" / f"{name}.png"
+        if not path.exists():
+            drawn = draw()
+            if drawn is not None:
+                save_picture(path, drawn)
+
+    def draw(self, rounds: list[dict], predictions: dict) -> None:
+        """The pictures of the report, apart from data.png."""
+        train, made = self.train, rounds[-1]["made"]
+        margin = margins(self.first_probs, train.labels)
+        self.picture("hard", lambda: pictures.hard_cases(train, self.first_probs, margin))
+        self.picture("children", lambda: pictures.children(
+            train, made.parents, made.images, made.targets, made.judge,
+            [FATES[f] for f in made.fate]))
+        self.picture("types", lambda: self.every_type(margin))
+        self.picture("guided", lambda: self.unguided_beside_guided(made))
+        self.picture("composition", self.composition)
+        self.picture("neighbours", lambda: pictures.neighbours(
+            train, made.images, *evaluate.nearest_distance(thumbnails(made.images),
+                                                           thumbnails(train.images))))
+        if "guided" in self.arms:
+            real, guided = (evaluate.vote(predictions[f"test_probs_{a}"]) for a in ("real", "guided"))
+            self.picture("mended", lambda: pictures.mended(self.splits["test"], real, guided))
+
+    def every_type(self, margin: np.ndarray):
+        """The two hardest lesions of each malignant class, carried to every group."""
+        train, groups = self.train, len(self.train.group_names)
+        if groups < 2:
+            return None
+        by_hardness = np.argsort(margin, kind="stable")
+        chosen = np.concatenate([by_hardness[train.labels[by_hardness] == c][:2]
+                                 for c in np.flatnonzero(train.malignant)[::-1]])
+        parents = train.subset(np.repeat(chosen, groups))
+        images, _, _ = self.synthesise(parents, np.tile(np.arange(groups), len(chosen)),
+                                       np.zeros(len(parents), int), start="counterfactual")
+        return pictures.every_group(train, chosen, images)
+
+    def unguided_beside_guided(self, made: Candidates):
+        """The same eight parents and streams without guidance, with it, and with three times as much."""
+        c, few = self.config.guidance, slice(8)
+        scales = np.array([c.class_scale, c.hardness_scale, c.likeness_scale])
+        parents = self.train.subset(made.parents[few])
+        versions = [self.synthesise(parents, made.targets[few], made.seeds[few],
+                                    scales=tuple(k * scales))[0] for k in (0, 1, 3)]
+        return pictures.rows([parents.images, *versions],
+                             ["parent", "unguided", "guided", "guided, 3 x"])
+
+    def composition(self):
+        """Every class on every group from pure noise, the same noise in a row."""
+        train = self.train
+        groups = max(1, len(train.group_names))
+        labels = np.repeat(np.arange(len(train.class_names)), groups)
+        where = np.tile(np.arange(groups), len(train.class_names))
+        one = train.subset(np.zeros(len(labels), int))
+        wanted = replace(one, labels=labels, groups=np.full(len(labels), -1))
+        targets = where if train.group_names else np.full(len(labels), -1)
+        images, _, _ = self.synthesise(wanted, targets, labels, start="noise", scales=(0.0, 0.0, 0.0))
+        return pictures.grid(train, images, groups)
+
+    def estimate(self) -> float:
+        """Seconds that the run will take, from a few timed steps of each kind."""
+        c, students = self.config, self.config.classifier.steps
+        x, labels = self.tensors["train"][:c.ddpm.batch], self.tensor(self.train.labels)
+        unet, resnet = self.new_unet(0), self.new_resnet(0)
+        some = torch.arange(c.ddpm.batch, device=self.device) % len(x)
+
+        def seconds(step, times=4):
+            step(1)
+            begun = time.monotonic()
+            step(times)
+            return (time.monotonic() - begun) / times
+        diffusion = seconds(lambda n: ddpm.train(
+            unet, self.schedule, x, labels[:len(x)], labels[:len(x)] * 0 - 1, steps=n,
+            batch=c.ddpm.batch, lr=0.0, ema_decay=0.9, prediction="v", drop=0.0, seed=0,
+            bf16=self.bf16))
+        learning = seconds(lambda n: classifier.train(
+            resnet, x, labels[:len(x)], torch.ones(len(x), device=self.device), steps=n,
+            batch=c.classifier.batch, lr=0.0, jitter=0.1, seed=0, bf16=self.bf16))
+        model = ddpm.eps_model(unet, self.schedule, some * 0, some * 0 - 1, bf16=self.bf16)
+        looking = seconds(lambda n: [model(to_float(x[some]), some) for _ in range(n)]) / len(some)
+        trained = (len(c.classifier.jitter) * (len(c.classifier.jitter) > 1) + 1
+                   + c.data.folds * c.loop.rounds + len(self.arms) * c.loop.seeds)
+        generating = sum(a in ("noise", "random") for a in self.arms) + c.loop.rounds
+        images = generating * c.loop.added * c.loop.surplus * len(self.train)
+        return (c.ddpm.steps * diffusion + students * trained * learning
+                + c.classifier.guide_steps * learning * 1.3
+                + images * 2 * c.guidance.steps * looking + 20)
+
+
+def margins(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Probability of the true class less that of the best other: negative is wrong. (N,)."""
+    own = probs[np.arange(len(labels)), labels]
+    others = probs.copy()
+    others[np.arange(len(labels)), labels] = -1
+    return own - others.max(1)
+
+
+def thumbnails(images: np.ndarray, side: int = 16) -> np.ndarray:
+    """uint8 (N, 3, S, S) reduced to side x side by averaging, flat float32: copies differ little here
+    though their noise differs. Distances are root mean square grey levels once divided by width."""
+    x = torch.nn.functional.adaptive_avg_pool2d(torch.tensor(images).float(), side)
+    return x.flatten(1).numpy() / (3 * side * side) ** 0.5
+
+
+def recoloured(train: ImageSet, parents: ImageSet, targets: np.ndarray,
+                        seed: int) -> np.ndarray:
+    """The sceptic's control: parents carried to their target group by one gain per channel.
+
+    The gain is the ratio of the groups' mean border colours; without groups, that of another image
+    of the same class to the parent's own, within a factor of 2.
+    """
+    border = data.border_colour(train.images)
+    if train.group_names:
+        mean = np.stack([border[train.groups == g].mean(0) if (train.groups == g).any()
+                         else border.mean(0) for g in range(len(train.group_names))]
+                        + [border.mean(0)])                 # the last, -1: a parent of no known group
+        gain = mean[targets] / mean[parents.groups]
+    else:
+        rng = np.random.default_rng(seed)
+        other = np.array([rng.choice(np.flatnonzero(train.labels == y)) for y in parents.labels])
+        gain = border[other] / np.maximum(data.border_colour(parents.images), 1)
+        gain = gain.clip(0.5, 2)
+    bright = parents.images * gain[:, :, None, None]
+    return bright.round().clip(0, 255).astype(np.uint8)
+
+
+def joined(sets: list[ImageSet]) -> ImageSet:
+    whole = sets[0]
+    for part in sets[1:]:
+        whole = whole.extend(part)
+    return whole
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: CUDA if there, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+        return device
+    except Exception:       # torch raises its own mixture here: RuntimeError, AssertionError, ...
+        raise ConfigError(f"loop.device: '{name}' is not to be had here; write auto or cpu") from None
+
+
+def pick_bf16(choice: str, device: torch.device) -> bool:
+    """auto: wherever the hardware multiplies bfloat16; emulated, it would be slower than float32."""
+    if choice != "auto":
+        return choice == "true"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def environment(device: torch.device, bf16: bool) -> dict:
+    """What else the numbers depend on. No host or user names."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, text=True,
+                                capture_output=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__, "device": f"{device.type} ({name})",
+            "threads": torch.get_num_threads(), "precision": "bf16" if bf16 else "fp32",
+            "commit": commit}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Guide a diffusion model to a classifier's failures, "
+                                                 "retrain, compare.")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--config", help="a yaml file; the run goes to runs/<its name>")
+    which.add_argument("--resume", metavar="runs/NAME", help="go on with a run that was stopped")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
+    arguments = parser.parse_args(argv)
+    folder = None
+    try:
+        if arguments.resume:
+            folder = Path(arguments.resume)
+            if arguments.set:
+                raise ConfigError("--set: a resumed run keeps its own config; start a new run instead")
+            if not (folder / "config.yaml").is_file():
+                raise ConfigError(f"--resume {folder}: no run there, it has no config.yaml")
+            config = configuration.load(folder / "config.yaml")
+        else:
+            config = configuration.load(arguments.config, arguments.set)
+            pick_device(config.loop.device)
+            folder = new_folder(Path("runs"), Path(arguments.config).stem)
+            write_bytes(folder / "config.yaml",
+                        yaml.safe_dump(config.as_dict(), sort_keys=False).encode())
+        Experiment(config, RunFolder(folder)).go()
+        return 0
+    except (ConfigError, DataError, FloatingPointError) as error:
+        print(f"loop.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nstopped; go on with: python loop.py --resume {folder}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

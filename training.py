@@ -1,0 +1,107 @@
+"""The one training loop, shared by ddpm.py and classifier.py, and what both do to a batch.
+
+A step draws all its randomness from `step_generator(seed, step)`, so a run that is stopped and resumed
+equals one that is not, without any random state in the checkpoint.
+Sources: Loshchilov & Hutter 2019 (AdamW, arXiv 1711.05101); 2017 (cosine, arXiv 1608.03983).
+"""
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The random stream of one training step; SeedSequence mixes, so neighbours are unrelated."""
+    mixed = int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
+    return torch.Generator(device).manual_seed(mixed >> 1)      # manual_seed takes 63 bits
+
+
+def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
+    """A network with the initial weights of `seed`; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # Channels last: what the convolution kernels of CPUs and of GPUs in bf16 work on.
+        return build().to(memory_format=torch.channels_last)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) in 0..255 to float32 in [-1, 1], the range every network here expects."""
+    return images.float().div(127.5).sub(1)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """float (B, 3, H, W) in [-1, 1] to uint8 in 0..255, rounded; what lies outside is clipped."""
+    return x.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def random_turn(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image under one of the 8 symmetries of the square: dermoscopy has no up or left.
+
+    x: (B, C, S, S). Returns the same shape.
+    """
+    coin = torch.rand(3, len(x), 1, 1, 1, generator=generator, device=x.device) < 0.5
+    x = torch.where(coin[0], x.flip(-1), x)
+    x = torch.where(coin[1], x.flip(-2), x)
+    return torch.where(coin[2], x.transpose(-1, -2), x)
+
+
+def learning_rate(step: int, steps: int, lr: float, warmup: float = 0.1) -> float:
+    """One cycle: linear warm-up over the first `warmup` of the steps, then half a cosine down to 0."""
+    start = max(1, round(warmup * steps))
+    if step < start:
+        return lr * (step + 1) / start
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, steps - start)))
+
+
+def fit(network: nn.Module, loss_fn: Callable[[torch.Generator], Tensor], *, steps: int, lr: float,
+        seed: int, device: torch.device | str = "cpu", bf16: bool = False, weight_decay: float = 0.01,
+        ema=None, state: dict | None = None, save: Callable[[dict], None] | None = None,
+        save_every: int = 200, on_step: Callable[[int, int, float], None] | None = None) -> list[float]:
+    """Train `network` in place by AdamW on `loss_fn(generator)`, a scalar, for `steps` steps.
+
+    ema: object with update(network), state_dict(), load_state_dict(), told after every step.
+    state: what `save` was last given; training goes on from there. save(state) is called every
+    `save_every` steps. on_step(step, steps, mean loss since the last call) every 20 steps.
+    Returns the mean loss of every block of 20 steps.
+    Raises FloatingPointError naming the step at which the loss was not finite.
+    """
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay,
+                                  betas=(0.9, 0.99), fused=True)
+    first, history, recent = 0, [], []
+    if state is not None:
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        if ema is not None:
+            ema.load_state_dict(state["ema"])
+        first, history = state["step"], list(state["history"])
+    network.train()
+    for step in range(first, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr)
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=bf16):
+            loss = loss_fn(step_generator(seed, step, device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0, foreach=True)
+        optimizer.step()
+        if ema is not None:
+            ema.update(network)
+        recent.append(loss.detach())
+        if (step + 1) % 20 == 0 or step + 1 == steps:        # one wait for the GPU in 20 steps
+            losses = torch.stack(recent).float().cpu()
+            bad = (~losses.isfinite()).nonzero()
+            if len(bad):
+                raise FloatingPointError(f"the loss was {losses[bad[0, 0]].item()} at step "
+                                         f"{step + 1 - len(recent) + bad[0, 0].item()} of {steps}")
+            history.append(losses.mean().item())
+            recent = []
+            if on_step is not None:
+                on_step(step + 1, steps, history[-1])
+            if save is not None and (step + 1) % save_every == 0 and step + 1 < steps:
+                save({"step": step + 1, "network": network.state_dict(),
+                      "optimizer": optimizer.state_dict(), "history": history,
+                      "ema": None if ema is None else ema.state_dict()})
+    network.eval()
+    return history
