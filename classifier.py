@@ -4,7 +4,7 @@ recognises a class in a noisy image x_t, knowing its noise level t, so that its 
 Sources: He et al. 2016 (arXiv 1512.03385), basic blocks, attribute names as in the well-known
 implementations; Dhariwal & Nichol 2021 (arXiv 2105.05233), section 4: a classifier of noisy images.
 
-    python classifier.py --config config.yaml      train one student on the config's data and score it
+    python classifier.py --config config.yaml   train one student on the config's data and score it
 """
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from training import fit, random_turn, to_float
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; a noise level, where given, shifts the features between."""
+    """Two 3x3 convolutions and a shortcut; a noise level, if given, shifts the features between."""
 
     def __init__(self, channels: int, out: int, stride: int, condition: int):
         super().__init__()
@@ -43,10 +43,10 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """Logits of `classes` from images (B, 3, S, S) in [-1, 1].
 
-    blocks: basic blocks in each layer, (2, 2, 2, 2) is ResNet-18; width doubles from layer to layer.
-    stem: "large" is the published 7x7 stride-2 convolution, without its max-pooling below 128 pixels,
-    where too little would be left; "small" a 3x3 stride-2 one for 32 pixels: stride 1 costs four
-    times the work for the same accuracy there (README).
+    blocks: basic blocks in each layer, (2, 2, 2, 2) is ResNet-18; width doubles from layer to
+    layer. stem: "large" is the published 7x7 stride-2 convolution, without its max-pooling below
+    128 pixels, where too little would be left; "small" a 3x3 stride-2 one for 32 pixels: stride 1
+    costs four times the work for the same accuracy there (README).
     noise_levels: 0 for a student; T for a guide, which is then called with t.
     """
 
@@ -129,8 +129,8 @@ def random_shift(x: Tensor, generator: torch.Generator, pixels: int) -> Tensor:
     return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
-def train(network: ResNet, images: Tensor, labels: Tensor, weights: Tensor, *, steps: int, batch: int,
-          lr: float, jitter: float, seed: int, bf16: bool = False,
+def train(network: ResNet, images: Tensor, labels: Tensor, weights: Tensor, *, steps: int,
+          batch: int, lr: float, jitter: float, seed: int, bf16: bool = False,
           noise: Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]] | None = None,
           **progress) -> list[float]:
     """Train on uint8 images (N, 3, H, W), labels (N,) int64; weights (N,) >= 0 say how often each

@@ -19,7 +19,8 @@ class ConfigError(ValueError):
     """One line that names the key, what was found and what to write instead."""
 
 
-def within(low: float | None = None, high: float | None = None, *, choices: tuple = (), least: int = 0):
+def within(low: float | None = None, high: float | None = None, *, choices: tuple = (),
+           least: int = 0):
     """A field whose value (or whose every entry) lies in [low, high] or among `choices`; a list
     has at least `least` entries."""
     return field(metadata={"low": low, "high": high, "choices": choices, "least": least})
@@ -142,7 +143,8 @@ def parse(text: str, where: str):
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}{line}: {getattr(error, 'problem', None) or 'not yaml'}") from None
+        problem = getattr(error, "problem", None) or "not yaml"
+        raise ConfigError(f"{where}{line}: {problem}") from None
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 
@@ -164,7 +166,8 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     if "extends" in sections:
         parent = sections.pop("extends")
         if not isinstance(parent, str):
-            raise ConfigError(f"{path}: 'extends' must be the path of another config, found {parent!r}")
+            raise ConfigError(f"{path}: 'extends' must be the path of another config, "
+                              f"found {parent!r}")
         below = read(path.parent / parent, (*seen, path.resolve()))
     for name, section in sections.items():
         if not isinstance(section, dict):
@@ -240,19 +243,22 @@ def check_together(c: Config) -> None:
     """What no key can know alone."""
     unit = c.unet.patch * 2 ** (len(c.unet.multipliers) - 1)
     if c.data.size % unit:
-        raise ConfigError(f"data.size: {c.data.size} must be a multiple of {unit}, unet.patch times 2 "
-                          "for every level after the first in unet.multipliers")
+        raise ConfigError(f"data.size: {c.data.size} must be a multiple of {unit}, unet.patch "
+                          "times 2 for every level after the first in unet.multipliers")
     if c.unet.width % 16:
         raise ConfigError(f"unet.width: {c.unet.width} must be a multiple of 16")
     if c.data.kind == "phantom" and c.data.size > 128:
-        raise ConfigError(f"data.size: the phantom is drawn at 16 to 128 pixels, found {c.data.size}")
+        raise ConfigError("data.size: the phantom is drawn at 16 to 128 pixels, "
+                          f"found {c.data.size}")
     if c.data.kind != "phantom" and not c.data.root:
         raise ConfigError(f"data.root: data.kind '{c.data.kind}' needs the folder of the images")
     if c.data.kind == "folder" and not c.data.malignant:
-        raise ConfigError("data.malignant: name the folders that hold malignant classes, such as [mel]")
+        raise ConfigError("data.malignant: name the folders that hold malignant classes, such as "
+                          "[mel]")
     if c.data.val_fraction + c.data.test_fraction > 0.8:
+        total = c.data.val_fraction + c.data.test_fraction
         raise ConfigError("data.val_fraction + data.test_fraction: at most 0.8, something must be "
-                          f"left to train on; found {c.data.val_fraction + c.data.test_fraction:.2f}")
+                          f"left to train on; found {total:.2f}")
     depth = c.guidance.depth if c.guidance.start == "counterfactual" else c.guidance.strength
     if c.guidance.steps > int(depth * c.ddpm.T):
         raise ConfigError(f"guidance.steps: {c.guidance.steps} steps do not fit into the "

@@ -1,9 +1,9 @@
 """Denoising diffusion: the noise schedule, the training loss, two samplers and DDIM inversion.
 
-Nothing here knows the UNet: samplers take any callable eps_model(x_t, t) -> eps_hat, so that guidance
-(guidance.py) and exact oracles (tests) pass through the very same lines.
+Nothing here knows the UNet: samplers take any callable eps_model(x_t, t) -> eps_hat, so that
+guidance (guidance.py) and exact oracles (tests) pass through the very same lines.
 Sources: Ho et al. 2020, DDPM (arXiv 2006.11239); Song et al. 2021, DDIM (arXiv 2010.02502);
-Nichol & Dhariwal 2021, cosine schedule (arXiv 2102.09672); Salimans & Ho 2022, v (arXiv 2202.00512).
+Nichol & Dhariwal 2021, cosine schedule (arXiv 2102.09672); Salimans & Ho 2022, v (2202.00512).
 
     python ddpm.py --config config.yaml      train on the config's data, write samples to ddpm.png
 """
@@ -19,7 +19,9 @@ EpsModel = Callable[[Tensor, Tensor], Tensor]
 
 
 class Schedule:
-    """How much of the image is left at each noise level: q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I).
+    """How much of the image is left at each noise level:
+
+        q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I).
 
     The papers count t = 1..T; the code counts t = 0..T-1, so code t = paper t - 1, and the clean
     image, the papers' t = 0, is code t = -1 with abar = 1. Tables are float64 and cast when read.
@@ -48,8 +50,8 @@ class Schedule:
         # beta-tilde, Ho et al. 2020, Eq. 7
         self.posterior_variance = self.betas * (1 - previous) / (1 - self.alphas_cumprod)
         if self.alphas_cumprod[-1] > 0.01:
-            raise ValueError(f"a {kind} schedule of T = {T} leaves {self.alphas_cumprod[-1]:.3f} of "
-                             "the image's variance at its end: take a larger T")
+            raise ValueError(f"a {kind} schedule of T = {T} leaves {self.alphas_cumprod[-1]:.3f} "
+                             "of the image's variance at its end: take a larger T")
 
     def abar(self, t: Tensor, like: Tensor) -> Tensor:
         """alpha-bar at t, shaped (B, 1, 1, 1) and typed to broadcast over `like`; 1 at t = -1.
@@ -62,7 +64,7 @@ class Schedule:
         return value.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Noise x0 to level t. Ho et al. 2020, Eq. 4: x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps."""
+        """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps: x0 noised to level t. Ho et al., Eq. 4."""
         abar_t = self.abar(t, x0)
         return abar_t.sqrt() * x0 + (1 - abar_t).sqrt() * eps
 
@@ -159,8 +161,8 @@ def train(network: nn.Module, schedule: Schedule, images: Tensor, labels: Tensor
     return history
 
 
-def eps_model(network: nn.Module, schedule: Schedule, y: Tensor, g: Tensor, *, prediction: str = "v",
-              scale: float = 1.0, bf16: bool = False) -> EpsModel:
+def eps_model(network: nn.Module, schedule: Schedule, y: Tensor, g: Tensor, *,
+              prediction: str = "v", scale: float = 1.0, bf16: bool = False) -> EpsModel:
     """The network as eps_model(x_t, t) for images of class y and group g, (B,) int64, -1 untold.
 
     scale: classifier-free guidance, Ho & Salimans 2022, Eq. 6 in the form
@@ -213,7 +215,8 @@ def sample_ddpm(eps_model: EpsModel, schedule: Schedule, x_T: Tensor, noise: Cal
         # beta-tilde is 0 because x_0 is what we want.
         x_t = schedule.posterior_mean(x0_hat, x_t, t)
         if step > 0:
-            x_t = x_t + schedule.posterior_variance[step].sqrt().to(x_t.dtype) * noise(*x_t.shape[1:])
+            spread = schedule.posterior_variance[step].sqrt().to(x_t.dtype)
+            x_t = x_t + spread * noise(*x_t.shape[1:])
     return x_t
 
 
@@ -221,17 +224,19 @@ def ddim_times(steps: int, last: int) -> list[int]:
     """`steps` noise levels from `last` down to 0, evenly spaced, then -1, the clean image."""
     if not 1 <= steps <= last + 1:
         raise ValueError(f"{steps} steps do not fit between the noise levels 0 and {last}")
-    times = torch.linspace(last, 0, steps, dtype=torch.float64) if steps > 1 else torch.tensor([last])
+    if steps == 1:
+        return [last, -1]
+    times = torch.linspace(last, 0, steps, dtype=torch.float64)
     return [round(x) for x in times.tolist()] + [-1]
 
 
 def ddim_step(schedule: Schedule, x_t: Tensor, t: Tensor, t_next: Tensor, eps: Tensor,
               clip: float | None = None, eta: float = 0.0,
               noise: Callable[..., Tensor] | None = None) -> Tensor:
-    """From level t to t_next, either way, along the estimated noise. Song et al. 2021, Eq. 12 and 16.
+    """From level t to t_next, either way, along the estimated noise.
 
-    Their alpha is our alpha-bar. eta = 0 follows the ODE; eta = 1 adds the noise of DDPM (needs
-    t_next < t). If x0_hat is clipped, eps is recomputed to agree with it.
+    Song et al. 2021, Eq. 12 and 16. Their alpha is our alpha-bar. eta = 0 follows the ODE; eta = 1
+    adds the noise of DDPM (needs t_next < t). If x0_hat is clipped, eps is recomputed to agree.
     """
     x0_hat = schedule.predict_x0(x_t, t, eps)
     if clip is not None:
@@ -255,11 +260,13 @@ def sample_ddim(eps_model: EpsModel, schedule: Schedule, x: Tensor, steps: int, 
     times = ddim_times(steps, schedule.T - 1 if start is None else start)
     for now, after in zip(times, times[1:]):
         t, t_next = (torch.full((len(x),), u, device=x.device) for u in (now, after))
-        x = ddim_step(schedule, x, t, t_next, eps_model(x, t), clip, eta if after >= 0 else 0.0, noise)
+        x = ddim_step(schedule, x, t, t_next, eps_model(x, t), clip, eta if after >= 0 else 0.0,
+                      noise)
     return x
 
 
-def invert_ddim(eps_model: EpsModel, schedule: Schedule, x0: Tensor, steps: int, end: int) -> Tensor:
+def invert_ddim(eps_model: EpsModel, schedule: Schedule, x0: Tensor, steps: int,
+                end: int) -> Tensor:
     """The same ODE run from the image to noise level `end`: the latent that decodes to x0 again.
 
     Every step takes eps at the level it leaves (for the clean image, at level 0), which is exact as

@@ -653,7 +653,7 @@ def rescore(run_folder: Path) -> dict:
     results = merge(results, scored)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(results, file, indent=1, allow_nan=False)
+        file.write(json.dumps(results, indent=1, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)  # an interruption leaves the old file or the new one, never half

@@ -31,7 +31,7 @@ def frozen(*networks: nn.Module) -> None:
 
 
 def class_evidence(guide: nn.Module, y: Tensor) -> Objective:
-    """log p(y | x_t) by the noise-aware guide. Dhariwal & Nichol 2021, section 4.1. y: (B,) int64."""
+    """log p(y | x_t) by the noise-aware guide; y: (B,) int64. Dhariwal & Nichol 2021, 4.1."""
     frozen(guide)
 
     def objective(x_t, t, x0_hat):
@@ -54,14 +54,20 @@ def hardness(students: Sequence[nn.Module], y: Tensor, cap: float = 0.69) -> Obj
 
 
 def likeness(features: Callable[[Tensor], Tensor], wanted: Tensor) -> Objective:
-    """Minus the squared distance of the clean estimate's features to the parent's, (B, D) `wanted`."""
+    """Minus the mean squared distance of the clean estimate's features to the parent's.
+
+    features: of images, best a network's own method; wanted: the parent's, (B, D).
+    """
+    if isinstance(getattr(features, "__self__", None), nn.Module):
+        frozen(features.__self__)
 
     def objective(x_t, t, x0_hat):
         return -(features(x0_hat) - wanted).square().mean(1)
     return objective
 
 
-def gradient(objective: Objective, schedule: Schedule, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+def gradient(objective: Objective, schedule: Schedule, x_t: Tensor, t: Tensor,
+             eps: Tensor) -> Tensor:
     """d objective / d x_t, one image at a time, like x_t.
 
     x0_hat follows x_t with eps held fixed: going through the network as well would double the cost

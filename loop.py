@@ -4,11 +4,13 @@
     python loop.py --resume runs/config                 go on with one that was stopped
     python loop.py --config config.yaml --set loop.seeds=5
 
-The only file that knows the others: it owns the config, the device, the seeds, the order and the files.
-Stages, in order: data; diffusion model and guide (on the train split alone, once); judge; colour jitter
-chosen on val; rounds of cross-fitting, mining, synthesis and filtering; the arms; the report.
+The only file that knows the others: it owns the config, the device, the seeds, the order and the
+files. Stages: data; diffusion model and guide (once, on the train split alone); colour jitter,
+chosen on val; judge; rounds of cross-fitting, mining, synthesis and filtering; arms; report.
 """
 import argparse
+import csv
+import io
 import json
 import os
 import platform
@@ -49,7 +51,7 @@ def derive(*parts) -> int:
 
 @dataclass
 class Candidates:
-    """Synthetic images of one arm before the filter: all (N, ...), in the order they were asked for."""
+    """Synthetic images of one arm before the filter: (N, ...), in the order they were asked for."""
     images: np.ndarray          # uint8 (N, 3, H, W)
     parents: np.ndarray         # int64, index into the set of parents
     targets: np.ndarray         # int64, the group asked for, -1 where there are none
@@ -69,8 +71,7 @@ class Experiment:
         self.config, self.run = config, run
         self.device = pick_device(config.loop.device)
         self.bf16 = pick_bf16(config.loop.bf16, self.device)
-        asked = ARMS if "all" in config.loop.arms else tuple(a for a in ARMS if a in config.loop.arms)
-        self.arms = list(asked)
+        self.arms = [a for a in ARMS if a in config.loop.arms or "all" in config.loop.arms]
 
     # ---- data ------------------------------------------------------------------------------------
 
@@ -86,7 +87,7 @@ class Experiment:
         self.run.log("data", **{name: data.counts(s) for name, s in self.splits.items()})
         if not self.train.group_names and "balanced" in self.arms:
             self.arms.remove("balanced")
-            print("arm 'balanced' left out: without groups it is 'real', which is even over classes")
+            print("arm 'balanced' left out: without groups it is 'real', even over classes")
         self.tensors = {name: self.tensor(s.images) for name, s in self.splits.items()}
         self.schedule = ddpm.Schedule(self.config.ddpm.T, self.config.ddpm.schedule, self.device)
 
@@ -100,9 +101,10 @@ class Experiment:
 
     def new_unet(self, seed: int) -> UNet:
         c, train = self.config, self.train
-        return seeded(seed, lambda: UNet(c.data.size, len(train.class_names), len(train.group_names),
-                                         c.unet.width, tuple(c.unet.multipliers), c.unet.blocks,
-                                         c.unet.attention, c.unet.patch)).to(self.device)
+        return seeded(seed, lambda: UNet(
+            c.data.size, len(train.class_names), len(train.group_names), c.unet.width,
+            tuple(c.unet.multipliers), c.unet.blocks, c.unet.attention,
+            c.unet.patch)).to(self.device)
 
     def new_resnet(self, seed: int, noise_levels: int = 0) -> classifier.ResNet:
         c = self.config
@@ -133,7 +135,7 @@ class Experiment:
 
     def student(self, name: str, images: ImageSet, weights: np.ndarray, seed: int,
                 jitter: float) -> classifier.ResNet:
-        """A student trained to the end of its schedule; the same seed is the same start everywhere."""
+        """A student trained to the end of its schedule; a seed is the same start in every arm."""
         k = self.config.classifier
         network = self.new_resnet(seed)
         x, labels = self.tensor(images.images), self.tensor(images.labels)
@@ -169,8 +171,8 @@ class Experiment:
 
     def train_judge(self) -> None:
         """The filter's judge: its own seed, and it never guides, mines or is scored."""
-        self.judge = self.student("judge", self.train, classifier.balanced_weights(self.train.labels),
-                                  self.seed("judge"), self.jitter)
+        weights = classifier.balanced_weights(self.train.labels)
+        self.judge = self.student("judge", self.train, weights, self.seed("judge"), self.jitter)
         # A near-copy lies closer to a training image than nearly every unseen real image does.
         distance, _ = evaluate.nearest_distance(thumbnails(self.splits["val"].images),
                                                 thumbnails(self.train.images))
@@ -179,8 +181,8 @@ class Experiment:
     # ---- a round ---------------------------------------------------------------------------------
 
     def cross_fit(self, number: int, synthetic: ImageSet | None) -> list[classifier.ResNet]:
-        """Student k learns from all folds but k, synthetic images included: a child has its parent's
-        fold, so `folds != k` keeps parent and child on the same side."""
+        """Student k learns from all folds but k, synthetic images included: a child has its
+        parent's fold, so `folds != k` keeps parent and child on the same side."""
         students = []
         for k in range(self.config.data.folds):
             real = self.train.subset(self.train.folds != k)
@@ -220,8 +222,8 @@ class Experiment:
         if hard_only:
             pool = np.flatnonzero(margins(probs, images.labels) < self.config.loop.margin)
         if len(pool) == 0:
-            raise DataError("no hard case was found: the students are right about every image; raise "
-                            "loop.margin or give them less to learn from")
+            raise DataError("no hard case was found: the students are right about every image; "
+                            "raise loop.margin or give them less to learn from")
         cells = images.labels[pool] * (len(images.group_names) + 1) + images.groups[pool]
         counts = np.unique(cells, return_counts=True)
         weight = 1 / counts[1][np.searchsorted(counts[0], cells)]
@@ -232,7 +234,7 @@ class Experiment:
         return np.array(chosen)
 
     def targets(self, parents: ImageSet, seed: int) -> np.ndarray:
-        """The group that each parent is carried to: any but its own, each as likely; -1 without groups."""
+        """The group each parent is carried to: any but its own, all alike; -1 without groups."""
         groups, rng = len(parents.group_names), np.random.default_rng(seed)
         if groups < 2:
             return np.full(len(parents), -1)
@@ -247,7 +249,7 @@ class Experiment:
         gradients did not.
 
         start: "counterfactual" (invert, decode under the target group), "parent" (its noised image)
-        or "noise"; without groups a counterfactual would be the image itself, so it becomes "parent".
+        or "noise"; without groups a counterfactual is the image itself, so it becomes "parent".
         scales: of class evidence, hardness and likeness; None: the config's.
         """
         c = self.config.guidance
@@ -259,7 +261,8 @@ class Experiment:
         for first in range(0, len(parents), CHUNK):
             part = slice(first, first + CHUNK)
             x0 = to_float(self.tensor(parents.images[part]))
-            y, own, target = (self.tensor(a[part]) for a in (parents.labels, parents.groups, targets))
+            y, own, target = (self.tensor(a[part])
+                              for a in (parents.labels, parents.groups, targets))
             noise = ddpm.Noise(list(seeds[part]), self.device)
             terms = [(scales[0], guidance.class_evidence(self.guide, y)),
                      (scales[1], guidance.hardness(self.students, y)),
@@ -269,7 +272,8 @@ class Experiment:
             def model(group, scale=1.0):
                 return ddpm.eps_model(self.unet, self.schedule, y, group, scale=scale,
                                       prediction=self.config.ddpm.prediction, bf16=self.bf16)
-            wanted = guidance.guided_eps(model(target, c.classifier_free), self.schedule, terms, tally)
+            wanted = guidance.guided_eps(model(target, c.classifier_free), self.schedule, terms,
+                                         tally)
             if start == "counterfactual":
                 x = guidance.counterfactual(model(own), wanted, self.schedule, x0, c.depth, c.steps)
             elif start == "parent":
@@ -280,7 +284,8 @@ class Experiment:
             made.append(x.float().cpu())
             progress(min(first + CHUNK, len(parents)), len(parents))
         x = torch.cat(made)
-        return to_uint8(x.nan_to_num()).numpy(), x.flatten(1).isfinite().all(1).numpy(), tally.nonfinite
+        finite = x.flatten(1).isfinite().all(1).numpy()
+        return to_uint8(x.nan_to_num()).numpy(), finite, tally.nonfinite
 
     @torch.no_grad()
     def features(self, network: classifier.ResNet, x: Tensor) -> Tensor:
@@ -288,7 +293,7 @@ class Experiment:
 
     def candidates(self, name: str, arm: str, source: ImageSet, chosen: np.ndarray,
                    targets: np.ndarray, seed: int) -> Candidates:
-        """The images an arm would add, and what the filter says of each; the same filter for all."""
+        """The images an arm would add, and what the filter, the same for all, says of each."""
         parents = source.subset(chosen)
         seeds = np.array([derive(seed, i) for i in range(len(chosen))])
 
@@ -318,14 +323,14 @@ class Experiment:
                           stored["fate"].numpy(), stored["dropped"])
 
     def kept(self, source: ImageSet, made: Candidates, count: int | None = None) -> ImageSet:
-        """The first `count` candidates that passed the filter, as a set with their parents' folds."""
+        """The first `count` candidates that passed the filter, as a set in their parents' folds."""
         index = np.flatnonzero(made.fate == 0)[:count]
         parents = source.subset(made.parents[index])
         groups = np.where(made.targets[index] < 0, parents.groups, made.targets[index])
         return replace(parents, images=made.images[index], groups=groups)
 
     def round(self, number: int, synthetic: ImageSet | None) -> dict:
-        """Cross-fit, mine, synthesise, filter. Returns the round's candidates and its ledger entry."""
+        """Cross-fit, mine, synthesise, filter. Returns the candidates and the ledger's entry."""
         self.students = self.cross_fit(number, synthetic)
         probs = self.out_of_fold(self.students)
         if number == 1:
@@ -351,9 +356,9 @@ class Experiment:
         return {"made": made, "children": children, "entry": entry}
 
     def write_synthetic(self, number: int, made: Candidates, wanted: int) -> None:
-        """synthetic/round_K/<class>/*.png and synthetic.csv: the kept images and where they are from."""
+        """synthetic/round_K/<class>/*.png and synthetic.csv: the kept images and their origin."""
         folder = self.run.folder / "synthetic" / f"round_{number}"
-        rows = ["file,parent,class,group,fold,judge,seed"]
+        rows = [["file", "parent", "class", "group", "fold", "judge", "seed"]]
         for i in np.flatnonzero(made.fate == 0)[:wanted]:
             parent, target = made.parents[i], made.targets[i]
             name = self.train.class_names[self.train.labels[parent]]
@@ -361,9 +366,11 @@ class Experiment:
             file = f"{name}/{i:05d}.png"
             if not (folder / file).exists():
                 save_picture(folder / file, pictures.one(made.images[i]))
-            rows.append(f"{file},{self.train.sources[parent]},{name},{group},{self.train.folds[parent]},"
-                        f"{made.judge[i]:.4f},{made.seeds[i]}")
-        write_bytes(folder / "synthetic.csv", ("\n".join(rows) + "\n").encode())
+            rows.append([file, self.train.sources[parent], name, group, self.train.folds[parent],
+                         f"{made.judge[i]:.4f}", made.seeds[i]])
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        write_bytes(folder / "synthetic.csv", text.getvalue().encode())
 
     # ---- the arms --------------------------------------------------------------------------------
 
@@ -396,7 +403,7 @@ class Experiment:
     def leaked(self, count: int) -> ImageSet:
         """The naive protocol, for show: hard cases mined on the test set itself."""
         test = self.splits["test"]
-        probs = np.mean([self.predict(s, self.tensors["test"]) for s in self.first_students], axis=0)
+        probs = np.mean([self.predict(s, self.tensors["test"]) for s in self.first_students], 0)
         chosen = self.mine(test, probs, count, self.seed("leak"))
         made = self.candidates("leaked", "guided", test, chosen, self.targets(
             test.subset(chosen), self.seed("leak", "targets")), self.seed("leak", "synthesis"))
@@ -423,7 +430,8 @@ class Experiment:
             store |= {f"{split}_{key}": getattr(s, key)
                       for key in ("labels", "groups", "subtypes", "lesions", "sources")}
         names = self.train
-        store |= {"class_names": np.array(names.class_names), "malignant": np.array(names.malignant),
+        store |= {"class_names": np.array(names.class_names),
+                  "malignant": np.array(names.malignant),
                   "group_names": np.array(names.group_names, dtype=str),
                   "subtype_names": np.array(names.subtype_names, dtype=str),
                   "arms": np.array(arms), "seeds": np.arange(self.config.loop.seeds),
@@ -506,7 +514,8 @@ class Experiment:
             train, made.images, *evaluate.nearest_distance(thumbnails(made.images),
                                                            thumbnails(train.images))))
         if "guided" in self.arms:
-            real, guided = (evaluate.vote(predictions[f"test_probs_{a}"]) for a in ("real", "guided"))
+            real, guided = (evaluate.vote(predictions[f"test_probs_{a}"])
+                            for a in ("real", "guided"))
             self.picture("mended", lambda: pictures.mended(self.splits["test"], real, guided))
 
     def every_type(self, margin: np.ndarray):
@@ -523,7 +532,7 @@ class Experiment:
         return pictures.every_group(train, chosen, images)
 
     def unguided_beside_guided(self, made: Candidates):
-        """The same eight parents and streams without guidance, with it, and with three times as much."""
+        """The same eight parents and streams without guidance, with it, and with three times it."""
         c, few = self.config.guidance, slice(8)
         scales = np.array([c.class_scale, c.hardness_scale, c.likeness_scale])
         parents = self.train.subset(made.parents[few])
@@ -541,7 +550,7 @@ class Experiment:
         one = train.subset(np.zeros(len(labels), int))
         wanted = replace(one, labels=labels, groups=np.full(len(labels), -1))
         targets = where if train.group_names else np.full(len(labels), -1)
-        images, _, _ = self.synthesise(wanted, targets, labels, start="noise", scales=(0.0, 0.0, 0.0))
+        images, _, _ = self.synthesise(wanted, targets, labels, start="noise", scales=(0, 0, 0))
         return pictures.grid(train, images, groups)
 
     def estimate(self) -> float:
@@ -583,8 +592,8 @@ def margins(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def thumbnails(images: np.ndarray, side: int = 16) -> np.ndarray:
-    """uint8 (N, 3, S, S) reduced to side x side by averaging, flat float32: copies differ little here
-    though their noise differs. Distances are root mean square grey levels once divided by width."""
+    """uint8 (N, 3, S, S) averaged down to side x side, flat float32: near-copies differ in noise,
+    not here. Scaled so that distances are root mean square grey levels."""
     x = torch.nn.functional.adaptive_avg_pool2d(torch.tensor(images).float(), side)
     return x.flatten(1).numpy() / (3 * side * side) ** 0.5
 
@@ -600,7 +609,7 @@ def recoloured(train: ImageSet, parents: ImageSet, targets: np.ndarray,
     if train.group_names:
         mean = np.stack([border[train.groups == g].mean(0) if (train.groups == g).any()
                          else border.mean(0) for g in range(len(train.group_names))]
-                        + [border.mean(0)])                 # the last, -1: a parent of no known group
+                        + [border.mean(0)])             # the last, -1: a parent of no known group
         gain = mean[targets] / mean[parents.groups]
     else:
         rng = np.random.default_rng(seed)
@@ -627,11 +636,11 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=device)
         return device
     except Exception:       # torch raises its own mixture here: RuntimeError, AssertionError, ...
-        raise ConfigError(f"loop.device: '{name}' is not to be had here; write auto or cpu") from None
+        raise ConfigError(f"loop.device: '{name}' is not to be had; write auto or cpu") from None
 
 
 def pick_bf16(choice: str, device: torch.device) -> bool:
-    """auto: wherever the hardware multiplies bfloat16; emulated, it would be slower than float32."""
+    """auto: where the hardware multiplies bfloat16; emulated, it would be slower than float32."""
     if choice != "auto":
         return choice == "true"
     if device.type == "cuda":
@@ -655,8 +664,8 @@ def environment(device: torch.device, bf16: bool) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Guide a diffusion model to a classifier's failures, "
-                                                 "retrain, compare.")
+    parser = argparse.ArgumentParser(description="Guide a diffusion model to a classifier's "
+                                                 "failures, retrain, compare.")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--config", help="a yaml file; the run goes to runs/<its name>")
     which.add_argument("--resume", metavar="runs/NAME", help="go on with a run that was stopped")
@@ -667,7 +676,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.resume:
             folder = Path(arguments.resume)
             if arguments.set:
-                raise ConfigError("--set: a resumed run keeps its own config; start a new run instead")
+                raise ConfigError("--set: a resumed run keeps its own config; start a new run")
             if not (folder / "config.yaml").is_file():
                 raise ConfigError(f"--resume {folder}: no run there, it has no config.yaml")
             config = configuration.load(folder / "config.yaml")

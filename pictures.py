@@ -19,7 +19,8 @@ def by_class_and_group(image_set: ImageSet) -> Image.Image:
     return class_by_group_sheet(image_set, each=2, scale=max(1, zoom(image_set.images) - 1))
 
 
-def hard_cases(train: ImageSet, probs: np.ndarray, margin: np.ndarray, count: int = 24) -> Image.Image:
+def hard_cases(train: ImageSet, probs: np.ndarray, margin: np.ndarray,
+               count: int = 24) -> Image.Image:
     """The training images that the out-of-fold students are most wrong about: class > their answer.
 
     probs: (N, C) out-of-fold; margin: (N,) as in loop.margins.
@@ -40,7 +41,7 @@ def rows(columns: list[np.ndarray], labels: list[str]) -> Image.Image:
 
 def children(train: ImageSet, parents: np.ndarray, images: np.ndarray, targets: np.ndarray,
              judge: np.ndarray, fate: list[str], count: int = 16) -> Image.Image:
-    """Each parent with its child on its right: asked group, the judge's probability, kept or why not."""
+    """Each parent with its child on its right: group, the judge's probability, kept or why not."""
     pairs = np.stack([train.images[parents[:count]], images[:count]], 1)
     captions = []
     for i, parent in enumerate(parents[:count]):
@@ -49,27 +50,28 @@ def children(train: ImageSet, parents: np.ndarray, images: np.ndarray, targets: 
                      + (f" {train.group_names[own]}" if own >= 0 else ""),
                      (f"> {train.group_names[target]} " if target >= 0 else "child ")
                      + f"{judge[i]:.2f}\n{fate[i]}"]
-    return contact_sheet(pairs.reshape(-1, *train.images.shape[1:]), captions, 8, zoom(train.images))
+    return contact_sheet(pairs.reshape(-1, *images.shape[1:]), captions, 8, zoom(images))
 
 
 def every_group(train: ImageSet, chosen: np.ndarray, images: np.ndarray) -> Image.Image:
-    """A row a lesion: the photograph, then the lesion on every group, images (rows x groups, ...)."""
+    """A row a lesion: the photograph, then `images` (rows x groups, ...), it on every group."""
     blocks = images.reshape(len(chosen), -1, *images.shape[1:])
     tiles = np.concatenate([train.images[chosen][:, None], blocks], 1)
     captions = [text for i in chosen for text in
                 [f"real, {train.group_names[train.groups[i]]}" if train.groups[i] >= 0 else "real"]
                 + list(train.group_names)]
-    return contact_sheet(tiles.reshape(-1, *images.shape[1:]), captions, tiles.shape[1], zoom(images),
-                         None, [train.class_names[train.labels[i]] for i in chosen])
+    return contact_sheet(tiles.reshape(-1, *images.shape[1:]), captions, tiles.shape[1],
+                         zoom(images), None, [train.class_names[train.labels[i]] for i in chosen])
 
 
 def grid(train: ImageSet, images: np.ndarray, groups: int) -> Image.Image:
-    """Generated images, a row a class, a column a group, with the real images' count in each cell."""
-    names = train.group_names or ("all",)
-    captions = [f"{names[g]}: {((train.labels == c) & (train.groups == (g if train.group_names else -1))).sum()}"
-                for c in range(len(train.class_names)) for g in range(groups)]
-    return contact_sheet(images, captions, len(images) // len(train.class_names), zoom(images), None,
-                         list(train.class_names))
+    """Generated images, a row a class, a column a group; captions count the real ones in a cell."""
+    names, captions = train.group_names or ("all",), []
+    for label in range(len(train.class_names)):
+        for group in range(groups):
+            cell = (train.groups == group) | (not train.group_names)
+            captions.append(f"{names[group]}: {(cell & (train.labels == label)).sum()}")
+    return contact_sheet(images, captions, groups, zoom(images), None, list(train.class_names))
 
 
 def neighbours(train: ImageSet, images: np.ndarray, distance: np.ndarray, nearest: np.ndarray,
@@ -82,14 +84,15 @@ def neighbours(train: ImageSet, images: np.ndarray, distance: np.ndarray, neares
 
 
 def mended(test: ImageSet, before: np.ndarray, after: np.ndarray, each: int = 8) -> Image.Image:
-    """Test images put right and put wrong by the retraining: class > answer before > answer after."""
+    """Test images put right and put wrong by the retraining: class, answer before > after."""
     names, tiles, captions = test.class_names, [], []
     blank = np.full((1, *test.images.shape[1:]), 235, np.uint8)
     for cases in ((before != test.labels) & (after == test.labels),
                   (before == test.labels) & (after != test.labels)):
         chosen = np.flatnonzero(cases)[:each]
         tiles += [test.images[chosen], *[blank] * (each - len(chosen))]
-        captions += [f"{names[test.labels[i]]}\n{names[before[i]]} > {names[after[i]]}" for i in chosen]
+        captions += [f"{names[test.labels[i]]}\n{names[before[i]]} > {names[after[i]]}"
+                     for i in chosen]
         captions += [""] * (each - len(chosen))
     return contact_sheet(np.concatenate(tiles), captions, each, zoom(test.images), None,
                          ["mended", "broken"])

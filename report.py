@@ -47,6 +47,8 @@ def write(folder: Path) -> None:
     """Write folder/report.md, folder/report.html and the plots as folder/pictures/*.svg."""
     folder = Path(folder)
     results = json.loads(read(folder / "results.json") or "{}")
+    log, broken = events(read(folder / "log.jsonl") or "")
+    results["minutes"] = minutes(log)
     predictions = {}
     if (folder / "predictions.npz").exists():
         with np.load(folder / "predictions.npz", allow_pickle=False) as stored:
@@ -57,8 +59,6 @@ def write(folder: Path) -> None:
               for i, r in enumerate(results.get("rounds") or [], 1)}
     leak = results.get("config", {}).get("loop", {}).get("mine_from") == "test"
     known = {k: v for k, v in private(results.get("environment") or {}).items() if v is not None}
-    minutes = {k: f"{v:.1f}" for k, v in (results.get("minutes") or {}).items()
-               if number(v) is not None}
     blocks = [
         *opening(results),
         *section("Before and after", *before_and_after(results)),
@@ -66,7 +66,7 @@ def write(folder: Path) -> None:
         *section(f"By {kind_of_group(results)}", *by_group(results)),
         *section("By hidden subtype", *by_subtype(results)),
         *section("ROC before and after", *roc(results, predictions)),
-        *section("Loss curves", *losses(results, read(folder / "log.jsonl") or "")),
+        *section("Loss curves", *losses(results, log, broken)),
         *section("Confusion", *confusions(results, predictions)),
         *section("Pictures", *(("picture", stem, marked(results, CAPTIONS.get(
             stem, stem.replace("_", " ").capitalize()))) for stem in pictures)),
@@ -75,7 +75,8 @@ def write(folder: Path) -> None:
         *section("Splits", sheet(results, results.get("splits") or {})),
         *section("Settings", ("code", as_yaml(private(results.get("config") or {})))),
         *section("Versions and hardware", sheet(results, {"value": known})),
-        *section("Minutes", sheet(results, {"minutes": minutes})),
+        *section("Minutes", sheet(results, {"minutes": {
+            k: f"{v:.1f}" for k, v in results["minutes"].items()}})),
     ]
     for block in blocks:
         for stem, _, drawing in block[1] if block[0] == "plots" else ():
@@ -225,15 +226,31 @@ def roc_heights(scores, sick, grid):
     return np.interp(grid, [0.0, *fpr], [0.0, *tpr])
 
 
-def losses(results, log):
-    """One plot for each kind of stage. A resumed run may repeat a step: the last one counts."""
-    curves, kinds, drawings, broken = {}, {}, [], 0
-    for line in log.splitlines():
+def events(text):
+    """The log's events, and how many lines are none: an interrupted run may leave half a line."""
+    found, broken = [], 0
+    for line in text.splitlines():
         try:
-            event = json.loads(line)
-        except ValueError:  # an interrupted run leaves half a line
+            found.append(json.loads(line))
+        except ValueError:
             broken += 1
-            continue
+    return found, broken
+
+
+def minutes(log):
+    """Minutes of every kind of stage: student_real_0 and student_guided_1 are both "student"."""
+    spent = {}
+    for event in log:
+        if event.get("event") == "stage":
+            kind = re.split(r"_|\d", event["stage"])[0]
+            spent[kind] = spent.get(kind, 0) + event["seconds"] / 60
+    return spent and {**spent, "total": sum(spent.values())}
+
+
+def losses(results, log, broken):
+    """One plot for each kind of stage. A resumed run may repeat a step: the last one counts."""
+    curves, kinds, drawings = {}, {}, []
+    for event in log:
         if event.get("event") == "loss" and (number(event.get("loss")) or 0) > 0:
             curves.setdefault(event["stage"], {})[event["step"]] = event["loss"]
     for stage, curve in curves.items():

@@ -1,7 +1,7 @@
 """What a run leaves on disk: stages that are done once, an event log, progress on the terminal.
 
-Every write goes to a temporary name, is flushed and then renamed, so that a file either is whole or is
-not there; a run that is stopped anywhere continues from the last whole file.
+Every write goes to a temporary name, is flushed and then renamed, so that a file either is whole or
+is not there; a run that is stopped anywhere continues from the last whole file.
 """
 import io
 import json
@@ -63,7 +63,7 @@ class Progress:
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         now = time.monotonic()
-        if now - self.shown < (0.2 if self.terminal else 20) and (done < total or not self.terminal):
+        if now - self.shown < (0.2 if self.terminal else 20):
             return
         self.shown = now
         rate = max(done - self.first, 1e-9) / max(now - self.begun, 1e-9)
@@ -77,7 +77,8 @@ class Progress:
     def end(self) -> None:
         """Clear the updating line and say how long the stage took."""
         start = "\r\x1b[K" if self.terminal else ""
-        print(f"{start}{self.stage}: {clock(time.monotonic() - self.begun)}", file=sys.stderr, flush=True)
+        took = clock(time.monotonic() - self.begun)
+        print(f"{start}{self.stage}: {took}", file=sys.stderr, flush=True)
 
 
 class RunFolder:
@@ -90,7 +91,8 @@ class RunFolder:
 
     def log(self, event: str, **details) -> None:
         """Append one line to log.jsonl."""
-        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **details}
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        line = {"time": now, "event": event, **details}
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -107,11 +109,11 @@ class RunFolder:
             return None
         stored = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(stored, dict) or stored.get("format") != FORMAT:
-            raise ValueError(f"{path}: not a checkpoint of format {FORMAT}; delete it to make it anew")
+            raise ValueError(f"{path}: no checkpoint of format {FORMAT}; delete it to make it anew")
         return stored["content"]
 
     def stage(self, name: str, compute: Callable[[Progress], dict]) -> dict:
-        """compute(progress)'s result, stored; on a resumed run what was stored, and no computing."""
+        """compute(progress)'s result, stored; on a resumed run what was stored, not computed."""
         stored = self.load(name)
         if stored is not None:
             return stored
@@ -123,7 +125,7 @@ class RunFolder:
         return content
 
     def train(self, name: str, network: torch.nn.Module, steps: int, fit: Callable) -> None:
-        """Train `network` by fit(state=, save=, save_every=, on_step=) once, resuming in the middle."""
+        """Train `network` by fit(state=, save=, save_every=, on_step=) once, resuming midway."""
         device = next(network.parameters()).device
 
         def compute(progress):

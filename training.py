@@ -1,7 +1,7 @@
 """The one training loop, shared by ddpm.py and classifier.py, and what both do to a batch.
 
-A step draws all its randomness from `step_generator(seed, step)`, so a run that is stopped and resumed
-equals one that is not, without any random state in the checkpoint.
+A step draws all its randomness from `step_generator(seed, step)`, so a run that is stopped and
+resumed equals one that is not, without any random state in the checkpoint.
 Sources: Loshchilov & Hutter 2019 (AdamW, arXiv 1711.05101); 2017 (cosine, arXiv 1608.03983).
 """
 import math
@@ -48,7 +48,7 @@ def random_turn(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def learning_rate(step: int, steps: int, lr: float, warmup: float = 0.1) -> float:
-    """One cycle: linear warm-up over the first `warmup` of the steps, then half a cosine down to 0."""
+    """One cycle: linear warm-up over the first `warmup` of the steps, then half a cosine to 0."""
     start = max(1, round(warmup * steps))
     if step < start:
         return lr * (step + 1) / start
@@ -56,14 +56,16 @@ def learning_rate(step: int, steps: int, lr: float, warmup: float = 0.1) -> floa
 
 
 def fit(network: nn.Module, loss_fn: Callable[[torch.Generator], Tensor], *, steps: int, lr: float,
-        seed: int, device: torch.device | str = "cpu", bf16: bool = False, weight_decay: float = 0.01,
-        ema=None, state: dict | None = None, save: Callable[[dict], None] | None = None,
-        save_every: int = 200, on_step: Callable[[int, int, float], None] | None = None) -> list[float]:
+        seed: int, device: torch.device | str = "cpu", bf16: bool = False,
+        weight_decay: float = 0.01, ema=None, state: dict | None = None,
+        save: Callable[[dict], None] | None = None, save_every: int = 200,
+        on_step: Callable[[int, int, float], None] | None = None) -> list[float]:
     """Train `network` in place by AdamW on `loss_fn(generator)`, a scalar, for `steps` steps.
 
     ema: object with update(network), state_dict(), load_state_dict(), told after every step.
     state: what `save` was last given; training goes on from there. save(state) is called every
-    `save_every` steps. on_step(step, steps, mean loss since the last call) every 20 steps.
+    `save_every` steps, a multiple of 20, and has to copy or write what it is given: training goes
+    on in the same tensors. on_step(step, steps, mean loss since the last call) every 20 steps.
     Returns the mean loss of every block of 20 steps.
     Raises FloatingPointError naming the step at which the loss was not finite.
     """

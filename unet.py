@@ -1,7 +1,7 @@
 """The denoising network: a residual UNet told the noise level, the class and the group (skin type).
 
-Sources: Ho et al. 2020 (arXiv 2006.11239), appendix B; Dhariwal & Nichol 2021 (arXiv 2105.05233), the
-scale-and-shift GroupNorm; Hoogeboom et al. 2023 (arXiv 2301.11093), the patched input.
+Sources: Ho et al. 2020 (arXiv 2006.11239), appendix B; Dhariwal & Nichol 2021 (arXiv 2105.05233),
+the scale-and-shift GroupNorm; Hoogeboom et al. 2023 (arXiv 2301.11093), the patched input.
 """
 import math
 
@@ -22,7 +22,7 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
 
 
 def norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm, 16 channels a group: with 4, on a CPU, the norm costs more than the convolution."""
+    """GroupNorm, 16 channels a group: with 4, on a CPU, the norm costs more than the conv."""
     return nn.GroupNorm(channels // 16, channels)
 
 
@@ -64,15 +64,16 @@ class Attention(nn.Module):
         qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, C // self.heads, H * W)
         q, k, v = qkv.unbind(1)                                              # (B, heads, d, HW)
         # Written out: on a CPU and for so few positions it is faster than the fused kernel.
-        weights = (q.transpose(-1, -2) @ k * (C // self.heads) ** -0.5).softmax(-1)  # (B, h, HW, HW)
+        scores = q.transpose(-1, -2) @ k * (C // self.heads) ** -0.5
+        weights = scores.softmax(-1)                                         # (B, heads, HW, HW)
         return x + self.out((v @ weights.transpose(-1, -2)).reshape(B, C, H, W))
 
 
 class UNet(nn.Module):
     """eps (or v) from (x_t, t, y, g): noise level t, class y, group g; -1 stands for "not told".
 
-    The image is folded `patch` x `patch` pixels into channels first: a quarter of the work at patch 2,
-    and no convolution runs at 3 channels, where it would be slow.
+    The image is folded `patch` x `patch` pixels into channels first: a quarter of the work at
+    patch 2, and no convolution runs at 3 channels, where it would be slow.
     size: pixels a side, a multiple of patch * 2^(levels - 1). attention: at feature maps of at most
     this many pixels a side. Raises ValueError if size or width does not fit.
     """

@@ -44,7 +44,6 @@ def fake_results(arms=ARMS, groups=("I", "VI")):
                    "evaluate": {"min_count": 10, "lr": 1e-5, "answer": "no", "list": [1, 2.5, None],
                                 "empty": {}}},
         "environment": {"device": "cpu", "torch": "2.9", "commit": None},
-        "minutes": {"total": 1.25},
         "splits": {s: {"images": 40, "lesions": 38, "classes": dict.fromkeys(CLASSES, 20),
                        "groups": dict.fromkeys(groups, 20)} for s in ("train", "val", "test")},
         "arms": {name: arm(name) for name in arms},
@@ -80,6 +79,8 @@ def fake_run(folder, **kwargs):
              malignant=np.array([False, True]), **probs)
     lines = [{"event": "loss", "stage": stage, "step": i, "loss": 2.0 / (i + 1), "time": "x"}
              for stage in ("ddpm", "student_naive_0", "student_real_1") for i in range(250)]
+    lines += [{"event": "stage", "stage": s, "seconds": n} for s, n in
+              (("ddpm", 45.0), ("student_naive_0", 10.0), ("student_real_1", 20.0))]
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"event": "lo')
     for name in ("hard", "data", "one_more"):
         picture = Image.fromarray(rng.integers(0, 255, (8, 20, 3), dtype=np.uint8))
@@ -155,6 +156,7 @@ def test_other_tables(run):
     assert by_first["Frechet distance, real against real"] == ["2.25"]
     assert by_first["kernel distance (KID)"] == ["n too small"]
     assert by_first["images"] == ["40"] * 3 and by_first["total"] == ["1.2"]
+    assert by_first["student"] == ["0.5"]
     for t in re.findall(r"(?:^\|.*\|\n)+", md, re.M):
         assert len({len(line) for line in t.splitlines()}) == 1, "columns are aligned"
 
@@ -289,7 +291,7 @@ def test_fewer_arms_or_groups(tmp_path, kwargs):
 def test_what_is_absent_is_left_out(tmp_path):
     report.write(tmp_path)
     assert (tmp_path / "report.md").read_text() == "# Report: run\n"
-    hollow = {"name": "x", "arms": {"real": {}}, "minutes": {}, "comparisons": [], "rounds": []}
+    hollow = {"name": "x", "arms": {"real": {}}, "comparisons": [], "rounds": []}
     (tmp_path / "results.json").write_text(json.dumps(hollow))
     report.write(tmp_path)
     assert "##" not in (tmp_path / "report.md").read_text()
