@@ -37,6 +37,7 @@ class Data:
     test: int = within(40)
     val_fraction: float = within(0.01, 0.5)
     test_fraction: float = within(0.01, 0.5)
+    split_by: str = within(choices=("lesion", "image"))
     malignant: list[str]
     folds: int = within(2, 20)
 
@@ -88,6 +89,7 @@ class Guidance:
 class Evaluate:
     min_count: int = within(1)
     draws: int = within(100)
+    oracle: int = within(100)
 
 
 @dataclass(frozen=True)

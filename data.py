@@ -113,21 +113,27 @@ class ImageSet:
 # ---------------------------------------------------------------------------- loaders
 
 def load(kind: str, *, root, size: int, seed: int, train: int, val: int, test: int,
-         val_fraction: float, test_fraction: float, malignant, folds: int,
+         val_fraction: float, test_fraction: float, split_by: str, malignant, folds: int,
          cache=None, progress=None) -> dict[str, ImageSet]:
     """The splits train (with `folds` folds), val and test of one data set.
 
     The arguments are the config's section `data`: load(**vars(config.data)). kind: "phantom" (uses
     size, seed, folds and the counts train, val, test), "ham10000" (root, size, seed, folds and the
-    fractions) or "folder" (the same, and malignant: class names). cache, progress: see
-    `decode_all`. Raises DataError.
+    fractions) or "folder" (the same, and malignant: class names). split_by: "lesion", or "image",
+    the common mistake, to show what it leaks. cache, progress: see `decode_all`. Raises DataError.
     """
     if kind == "phantom":
         splits = load_phantom(size, seed, train, val, test)
     elif kind in ("ham10000", "folder"):
         loaded = (load_ham10000(root, size, cache, progress) if kind == "ham10000"
                   else load_folder(root, size, malignant, cache, progress))
-        splits = split_lesions(loaded, val_fraction, test_fraction, seed)
+        # split by image: every image for its own lesion, and afterwards the lesions put back
+        units = loaded if split_by == "lesion" else replace(loaded, lesions=loaded.sources)
+        splits = split_lesions(units, val_fraction, test_fraction, seed)
+        lesion_of = dict(zip(loaded.sources.tolist(), loaded.lesions.tolist()))
+        for name, part in splits.items():
+            lesions = np.array([lesion_of[source] for source in part.sources.tolist()])
+            splits[name] = replace(part, lesions=lesions)
     else:
         raise DataError(f"data.kind: {kind!r} is unknown; write phantom, ham10000 or folder")
     return splits | {"train": add_folds(splits["train"], folds, seed)}
@@ -139,24 +145,33 @@ def load_phantom(size: int, seed: int, train: int, val: int, test: int) -> dict[
     train is the collection, mostly light skin. val and test are even over the six skin types: on a
     phantom a validation set like the deployment costs nothing, and thresholds need one.
     """
-    splits = {}
-    streams = np.random.SeedSequence(seed).spawn(3)
-    for name, count, stream in zip(("train", "val", "test"), (train, val, test), streams):
-        weights = phantom.COLLECTION if name == "train" else phantom.EVEN
-        try:
-            drawn = phantom.draw(count, size, int(stream.generate_state(1)[0]), weights)
-        except ValueError as error:
-            raise DataError(f"data.{name} {count}, data.size {size}: {error}") from None
-        splits[name] = ImageSet(
-            images=drawn["images"], labels=drawn["labels"], groups=drawn["groups"],
-            # with the split's name no two draws can share a lesion id
-            lesions=np.array([f"{name}-{lesion}" for lesion in drawn["lesions"]], dtype=str),
-            folds=np.full(count, -1, np.int64),
-            sources=np.array([f"{name}-{i:06d}" for i in range(count)], dtype=str),
-            class_names=phantom.CLASS_NAMES, group_names=phantom.GROUP_NAMES,
-            malignant=phantom.MALIGNANT,
-            subtypes=drawn["subtypes"], subtype_names=phantom.SUBTYPE_NAMES)
-    return splits
+    counts = {"train": train, "val": val, "test": test}
+    return {name: _phantom_set(name, counts[name], size, seed, stream,
+                               phantom.COLLECTION if name == "train" else phantom.EVEN)
+            for stream, name in enumerate(counts)}
+
+
+def load_oracle(size: int, seed: int, count: int) -> ImageSet:
+    """A fourth draw, large and even over the types: what an oracle of the labels learns from."""
+    return _phantom_set("oracle", count, size, seed, 3, phantom.EVEN)
+
+
+def _phantom_set(name: str, count: int, size: int, seed: int, stream: int, weights) -> ImageSet:
+    """`count` phantom images from random stream number `stream` of the seed."""
+    stream = np.random.SeedSequence(seed).spawn(stream + 1)[stream]
+    try:
+        drawn = phantom.draw(count, size, int(stream.generate_state(1)[0]), weights)
+    except ValueError as error:
+        raise DataError(f"data.{name} {count}, data.size {size}: {error}") from None
+    return ImageSet(
+        images=drawn["images"], labels=drawn["labels"], groups=drawn["groups"],
+        # with the draw's name no two draws can share a lesion id
+        lesions=np.array([f"{name}-{lesion}" for lesion in drawn["lesions"]], dtype=str),
+        folds=np.full(count, -1, np.int64),
+        sources=np.array([f"{name}-{i:06d}" for i in range(count)], dtype=str),
+        class_names=phantom.CLASS_NAMES, group_names=phantom.GROUP_NAMES,
+        malignant=phantom.MALIGNANT,
+        subtypes=drawn["subtypes"], subtype_names=phantom.SUBTYPE_NAMES)
 
 
 def load_ham10000(root, size: int, cache=None, progress=None) -> ImageSet:
@@ -399,6 +414,14 @@ def split_lesions(image_set: ImageSet, val_fraction: float, test_fraction: float
         side[members] = np.repeat([1, 2, 0], [val, test, len(members) - val - test])
     return {name: image_set.subset(side[lesion] == i)
             for i, name in enumerate(("train", "val", "test"))}
+
+
+def leaked_share(splits: dict[str, ImageSet]) -> dict[str, float]:
+    """The share of test images whose lesion also stands in train: over "all", and by class."""
+    test = splits["test"]
+    seen, classes = np.isin(test.lesions, splits["train"].lesions), np.unique(test.labels)
+    return {"all": float(seen.mean())} | {test.class_names[c]: float(seen[test.labels == c].mean())
+                                          for c in classes}
 
 
 def add_folds(train: ImageSet, folds: int, seed: int) -> ImageSet:

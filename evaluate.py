@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 SHORT = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "auroc_malignant")
-COMPARED = SHORT + ("sensitivity_at_90",)  # what gets intervals and paired differences
+# what gets intervals and paired differences
+COMPARED = SHORT + ("auroc", "ece", "sensitivity_at_90", "sensitivity_at_95")
 THRESHOLDS = {"sensitivity_at_90": 0.90, "sensitivity_at_95": 0.95}  # name: specificity on val
 
 
@@ -72,15 +73,20 @@ def auprc(scores: np.ndarray, positive: np.ndarray) -> float:
     return float((np.diff(hits, prepend=0) * hits / taken).sum() / positive.sum())
 
 
-def expected_calibration_error(probs: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+def expected_calibration_error(probs: np.ndarray, labels: np.ndarray, bins: int = 15,
+                               weights: np.ndarray | None = None):
     """Mean |accuracy - confidence| over equal bins of confidence. Guo et al. 2017, Eq. 3.
 
-    probs: (N, C); labels: (N,). Returns a float in 0..1; bins are (low, high].
+    probs: (N, C); labels: (N,); weights: (N, D) bootstrap counts, or None for one of each. Returns
+    a float in 0..1, or (D,) where weights are given; bins are (low, high].
     """
+    counts = np.ones((len(labels), 1)) if weights is None else weights
     confidence = probs.max(1).astype(np.float64)
-    gap = (probs.argmax(1) == labels) - confidence
     where = np.digitize(confidence, np.linspace(0, 1, bins + 1)[1:-1], right=True)  # 0..bins-1
-    return float(abs(np.bincount(where, gap, bins)).sum() / len(labels))
+    gap = np.zeros((bins, len(labels)))
+    gap[where, np.arange(len(labels))] = (probs.argmax(1) == labels) - confidence
+    error = abs(gap @ counts).sum(0) / counts.sum(0)
+    return float(error[0]) if weights is None else error
 
 
 def threshold_at_specificity(p_malignant: np.ndarray, is_malignant: np.ndarray,
@@ -100,15 +106,17 @@ def cell_sizes(labels: np.ndarray, malignant: np.ndarray, lesions: np.ndarray) -
     """How many lesions stand behind each compared metric: all, the malignant, the benign."""
     sick = malignant[labels]
     n, n_sick, n_well = (len(np.unique(lesions[m])) for m in (sick | True, sick, ~sick))
-    return {"accuracy": n, "balanced_accuracy": n, "sensitivity": n_sick, "specificity": n_well,
-            "auroc_malignant": min(n_sick, n_well), "sensitivity_at_90": n_sick,
-            "sensitivity_at_95": n_sick}
+    return {"accuracy": n, "balanced_accuracy": n, "auroc": n, "ece": n, "sensitivity": n_sick,
+            "specificity": n_well, "auroc_malignant": min(n_sick, n_well),
+            "sensitivity_at_90": n_sick, "sensitivity_at_95": n_sick}
 
 
 def short_metrics(probs: np.ndarray, labels: np.ndarray, malignant: np.ndarray,
                   lesions: np.ndarray, min_count: int) -> dict:
     """n and the five metrics of SHORT of one subset; None where the cell is too small."""
     short = {"n": len(labels)} | dict.fromkeys(SHORT)
+    if len(labels) == 0:
+        return short
     enough = {name: size >= max(min_count, 1)
               for name, size in cell_sizes(labels, malignant, lesions).items()}
     table = {name: row[0, 0] for name, row in
@@ -229,14 +237,23 @@ def tables(probs: np.ndarray, labels: np.ndarray, malignant: np.ndarray, thresho
             return hits[:, of].astype(float) @ chosen / chosen.sum(0)           # (R, D)
 
     recalls = np.stack([share(guess == c, labels == c) for c in range(probs.shape[-1])])
-    with np.errstate(invalid="ignore"):  # classes without members are left out of the mean
+    with np.errstate(invalid="ignore"):  # classes without members are left out of the means
         balanced = np.nansum(recalls, 0) / np.isfinite(recalls).sum(0)
-    cut = np.array([[t.get("sensitivity_at_90")] for t in thresholds], float)           # (R, 1)
-    return {"accuracy": share(guess == labels, sick | True), "balanced_accuracy": balanced,
+        areas = np.array([[auroc(p[:, c], labels == c, weights) for p in probs]
+                          for c in np.unique(labels)])                          # (C, R, D)
+        areas = np.nansum(areas, 0) / np.isfinite(areas).sum(0)
+    ece = np.stack([expected_calibration_error(p, labels, weights=weights) for p in probs])
+
+    def above(name):  # sensitivity at the threshold that val gave each seed
+        cut = np.array([[t.get(name)] for t in thresholds], float)                      # (R, 1)
+        return np.where(np.isfinite(cut), share(p_malignant > cut, sick), np.nan)
+
+    return {"auroc": areas, "ece": ece, "balanced_accuracy": balanced,
+            "accuracy": share(guess == labels, sick | True),
             "sensitivity": share(malignant[guess], sick),
             "specificity": share(~malignant[guess], ~sick),
             "auroc_malignant": np.stack([auroc(p, sick, weights) for p in p_malignant]),
-            "sensitivity_at_90": np.where(np.isfinite(cut), share(p_malignant > cut, sick), np.nan)}
+            **{name: above(name) for name in THRESHOLDS}}
 
 
 def interval(table: np.ndarray, seed_draws: np.ndarray, limits=(0.0, 1.0)) -> tuple:

@@ -49,7 +49,7 @@ def hardness(students: Sequence[nn.Module], y: Tensor, cap: float = 0.69) -> Obj
 
     def objective(x_t, t, x0_hat):
         votes = torch.stack([student(x0_hat).softmax(1) for student in students]).mean(0)
-        return -votes.gather(1, y[:, None])[:, 0].clamp(min=1e-6).log().clamp(max=cap)
+        return (-votes.gather(1, y[:, None])[:, 0].clamp(min=1e-6).log()).clamp(max=cap)
     return objective
 
 

@@ -88,6 +88,11 @@ class Experiment:
         if not self.train.group_names and "balanced" in self.arms:
             self.arms.remove("balanced")
             print("arm 'balanced' left out: without groups it is 'real', even over classes")
+        self.leak = data.leaked_share(self.splits)
+        if self.leak["all"]:
+            shares = ", ".join(f"{name} {share:.0%}" for name, share in self.leak.items())
+            print("every number below is optimistic (data.split_by: image): the share of test "
+                  f"images whose lesion is also in train is {shares}")
         self.tensors = {name: self.tensor(s.images) for name, s in self.splits.items()}
         self.schedule = ddpm.Schedule(self.config.ddpm.T, self.config.ddpm.schedule, self.device)
 
@@ -463,9 +468,44 @@ class Experiment:
                 rounds[-1]["entry"]["val_balanced_accuracy"] = self.score_val(student)
         added = self.added_sets(rounds)
         predictions = self.run_arms(added)
-        self.finish(rounds, added, predictions)
+        self.finish(rounds, added, predictions, self.quality(added))
 
-    def finish(self, rounds: list[dict], added: dict, predictions: dict) -> None:
+    def quality(self, added: dict[str, ImageSet]) -> dict:
+        """The generated images themselves, in the features of a classifier that no arm uses.
+
+        The critic learns from a second, large draw of the phantom, where it is also the oracle of
+        the labels, and elsewhere from the train split under its own seed. Each arm's images, and
+        val as the floor, are compared with as many test images of the same classes and groups.
+        """
+        c, phantom_data = self.config, self.config.data.kind == "phantom"
+        source = data.load_oracle(c.data.size, c.data.seed, c.evaluate.oracle) if phantom_data \
+            else self.train
+        critic = self.student("critic", source, classifier.balanced_weights(source.labels),
+                              self.seed("critic"), self.jitter)
+        sets = {arm: s for arm, s in added.items() if arm in ("guided", "random", "noise")}
+        sets["real (val)"] = self.splits["val"]
+        chosen = same_mixture([*sets.values(), self.splits["test"]], self.seed("quality"))
+        real = self.splits["test"].subset(chosen.pop()).images
+        features = classifier.extract_features(critic, self.tensor(real))
+        found = {}
+        for (arm, images), index in zip(sets.items(), chosen):
+            some = images.subset(index)
+            own = classifier.extract_features(critic, self.tensor(some.images))
+            distance, _ = evaluate.nearest_distance(thumbnails(images.images),
+                                                    thumbnails(self.train.images))
+            row = {"n": len(index), "nearest_train_distance": float(np.median(distance))}
+            if phantom_data:
+                votes = self.predict(critic, images.images).argmax(1)
+                row["label_fidelity_oracle"] = float((votes == images.labels).mean())
+            enough = len(index) > features.shape[1]
+            row["frechet"] = evaluate.frechet_distance(features, own) if enough else None
+            row["kid"] = evaluate.kernel_distance(features, own) if enough else None
+            row["precision"], row["recall"] = (evaluate.precision_recall(features, own) if enough
+                                               else (None, None))
+            found[arm] = row
+        return found
+
+    def finish(self, rounds: list[dict], added: dict, predictions: dict, quality: dict) -> None:
         """Predictions, results, pictures and report."""
         folder, c = self.run.folder, self.config
         buffer = folder / "predictions.npz.tmp"
@@ -479,7 +519,8 @@ class Experiment:
                               {f"{k:g}": v for k, v in self.jitter_scores.items()}},
                    **evaluate.score(predictions, min_count=c.evaluate.min_count,
                                     draws=c.evaluate.draws),
-                   "rounds": [r["entry"] for r in rounds]}
+                   "rounds": [r["entry"] for r in rounds], "generator": quality,
+                   "leak": self.leak}
         for arm in results["arms"]:
             results["arms"][arm]["added"] = len(added[arm]) if arm in added else 0
         real = results["arms"]["guided" if "guided" in results["arms"] else "real"]["seeds"]
@@ -489,6 +530,12 @@ class Experiment:
         write_bytes(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
         report.write(folder)
         print(results["verdict"])
+        if "leaked" in results["arms"]:
+            naive, clean = (results["arms"][a]["test"]["all"]["balanced_accuracy"]["value"]
+                            for a in ("leaked", "guided"))
+            print(f"optimistic: mined on the test set, the naive protocol reports {naive:.1%} of "
+                  f"balanced accuracy where the clean one has {clean:.1%}, "
+                  f"{100 * (naive - clean):+.1f} points")
         print(f"report: {folder / 'report.md'} and {folder / 'report.html'}")
 
     def picture(self, name: str, draw) -> None:
@@ -581,6 +628,15 @@ class Experiment:
         return (c.ddpm.steps * diffusion + students * trained * learning
                 + c.classifier.guide_steps * learning * 1.3
                 + images * 2 * c.guidance.steps * looking + 20)
+
+
+def same_mixture(sets: list[ImageSet], seed: int) -> list[np.ndarray]:
+    """Indices into each set so that all have as many images of every class x group cell."""
+    rng = np.random.default_rng(seed)
+    cells = [s.labels * (len(s.group_names) + 1) + s.groups for s in sets]
+    fewest = {cell: min((of == cell).sum() for of in cells) for cell in np.unique(cells[0])}
+    return [np.concatenate([rng.permutation(np.flatnonzero(of == cell))[:n]
+                            for cell, n in fewest.items()]).astype(int) for of in cells]
 
 
 def margins(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:

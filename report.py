@@ -31,7 +31,7 @@ MORE_MEASURES = {"auprc": "AUPRC", "ece": "ECE",
                  "sensitivity_at_95": "sensitivity at 95 % specificity"}
 SPOKEN = {**MEASURES, **MORE_MEASURES,
           "frechet": "Frechet distance", "kid": "kernel distance (KID)"}
-PERCENT = {*MEASURES, *MORE_MEASURES, "precision", "recall", "floor_precision", "floor_recall",
+PERCENT = {*MEASURES, *MORE_MEASURES, "precision", "recall",
            "label_fidelity_judge", "label_fidelity_oracle"}
 CAPTIONS = {"data": "Training images by class and group",
             "hard": "Hard cases: what the students get wrong",
@@ -71,7 +71,7 @@ def write(folder: Path) -> None:
         *section("Pictures", *(("picture", stem, marked(results, CAPTIONS.get(
             stem, stem.replace("_", " ").capitalize()))) for stem in pictures)),
         *section("Rounds", sheet(results, rounds, MARK.capitalize() if leak else "")),
-        *section("The generator", sheet(results, {"value": results.get("generator") or {}})),
+        *section("The generator", *generator(results)),
         *section("Splits", sheet(results, results.get("splits") or {})),
         *section("Settings", ("code", as_yaml(private(results.get("config") or {})))),
         *section("Versions and hardware", sheet(results, {"value": known})),
@@ -94,6 +94,10 @@ def opening(results):
     if results.get("verdict"):
         yield "verdict", marked(results, results["verdict"])
     arms, known = results.get("arms") or {}, results.get("environment") or {}
+    if (results.get("leak") or {}).get("all"):
+        yield "p", ("Optimistic: split by image. The share of test images whose lesion is also in "
+                    "train: " + ", ".join(f"{name} {100 * share:.0f} %"
+                                             for name, share in results["leak"].items()) + ".")
     seeds = max((len(a.get("seeds", [])) for a in arms.values()), default=0)
     test, total = results.get("splits", {}).get("test", {}), results.get("minutes", {}).get("total")
     facts = [f"{len(arms)} arm{'s' * (len(arms) != 1)}" if arms else "",
@@ -293,6 +297,15 @@ def table(results, caption, head, rows):
             [[marked(results, row[0]), *row[1:]] for row in rows])
 
 
+def generator(results):
+    """The generated images of each arm beside real ones of val: the floor of every distance."""
+    if results.get("generator"):
+        yield "p", ("In the features of a classifier that no arm uses, against as many test images "
+                    "of the same classes and groups (n); the column of real images is the floor. "
+                    "Distances to the nearest training image are in grey levels, medians.")
+        yield sheet(results, results["generator"])
+
+
 def sheet(results, columns, caption=""):
     """A table of dictionaries side by side, inner dictionaries laid out as `outer: inner`; what
     lies deeper is left to results.json."""
@@ -315,8 +328,6 @@ def shown(key, value) -> str:
 
 
 def spoken(key: str) -> str:
-    if key.startswith("floor_"):
-        return f"{spoken(key.removeprefix('floor_'))}, real against real"
     return SPOKEN.get(key, key.replace("_", " ").replace("nonfinite", "non-finite"))
 
 

@@ -411,8 +411,23 @@ def test_folder_errors(tmp_path):
     refuse("1 class folders with images", data.load_folder, tmp_path / "one", 8, ["mel"])
 
 
+def test_the_image_split_leaks_and_says_how_much(tmp_path):
+    rows = [(f"L{i // 2}", f"i{i:03d}", data.HAM_CLASSES[i // 2 % 7]) for i in range(140)]
+    root = ham_folder(tmp_path / "ham", rows)
+    splits = data.load("ham10000", **ARGUMENTS | {"root": root, "split_by": "image"})
+    assert splits["test"].lesions[0].startswith("L")                # the true lesions are put back
+    train, test = splits["train"], splits["test"]
+    seen = [lesion in set(train.lesions) for lesion in test.lesions]
+    found = data.leaked_share(splits)
+    assert 0 < found["all"] == np.mean(seen) and len(found) == 8
+    mel = [s for s, label in zip(seen, test.labels) if data.HAM_CLASSES[label] == "mel"]
+    assert found["mel"] == np.mean(mel)
+    for k in set(train.folds):           # cross-fitting stays by lesion all the same
+        assert not set(train.lesions[train.folds == k]) & set(train.lesions[train.folds != k])
+
+
 ARGUMENTS = dict(root="", size=16, seed=3, train=200, val=120, test=120, val_fraction=0.25,
-                 test_fraction=0.25, malignant=["mel"], folds=2)
+                 test_fraction=0.25, split_by="lesion", malignant=["mel"], folds=2)
 
 
 def test_load_phantom():
@@ -438,6 +453,7 @@ def test_load_dispatches_and_names_what_is_wrong(tmp_path):
     rows = [(f"L{i}", f"i{i:02d}", data.HAM_CLASSES[i % 7]) for i in range(35)]
     splits = data.load("ham10000", **ARGUMENTS | {"root": ham_folder(tmp_path / "ham", rows)})
     assert [len(part) for part in splits.values()] == [21, 7, 7]
+    assert set(data.leaked_share(splits).values()) == {0.0}
     refuse("data.kind: 'cifar'", data.load, "cifar", **ARGUMENTS)
     refuse("data.train 200, data.size 8", data.load, "phantom", **ARGUMENTS | {"size": 8})
     refuse("data.val 0", data.load, "phantom", **ARGUMENTS | {"val": 0})

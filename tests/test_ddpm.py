@@ -146,8 +146,8 @@ def test_posterior_of_the_clean_image_is_the_clean_image():
 # There every sampler is affine in its noise, so its law is known exactly once its coefficients are.
 
 class Basis:
-    """In place of noise: its k-th draw is 1 for image k + 2 and 0 for the others. With 1 as the start
-    of image 1 and 0 of the others, the outputs are the coefficients themselves."""
+    """In place of noise: its k-th draw is 1 for image k + 2 and 0 for the others. With 1 as the
+    start of image 1 and 0 of the others, the outputs are the coefficients themselves."""
 
     def __init__(self, draws):
         self.calls, self.images = 0, draws + 2
@@ -169,7 +169,7 @@ def coefficients(sample, draws):
 
 
 def recursion(moves):
-    """The same from the closed recursion x <- slope x + shift + spread z, given every move's three."""
+    """The same from the closed recursion x <- slope x + shift + spread z, given those three."""
     offset, gains = 0.0, [1.0]
     for slope, shift, spread in moves:
         offset = slope * offset + shift
@@ -430,7 +430,7 @@ def test_ema_against_a_loop_by_hand():
         decay = min(0.6, (1 + n) / (10 + n))
         mean = decay * mean + (1 - decay) * network.weight.detach().double()
     assert torch.allclose(ema.shadow["weight"].double(), mean, atol=1e-6)
-    assert (1 + n) / (10 + n) < 0.6 < (1 + n + 4) / (10 + n + 4)      # early and late, the rise ends
+    assert (1 + n) / (10 + n) < 0.6 < (1 + n + 4) / (10 + n + 4)      # the rise is not over yet
     for step in range(12, 20):
         ema.update(network)
         n += 1
@@ -542,7 +542,8 @@ def test_batch_size_and_order_never_change_a_stream():
     for order in ([5], [8, 7], [6, 5, 8, 7]):
         noise = Noise(order)
         rows = [seed - 5 for seed in order]
-        assert torch.equal(noise(3, 2, 2), first[rows]) and torch.equal(noise(3, 2, 2), second[rows])
+        assert torch.equal(noise(3, 2, 2), first[rows])
+        assert torch.equal(noise(3, 2, 2), second[rows])
     flat = torch.cat([first, second]).flatten(1)
     assert (torch.cdist(flat, flat) + 9 * torch.eye(8) > 0.5).all()          # all eight differ
 

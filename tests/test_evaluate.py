@@ -203,7 +203,7 @@ def test_tables_are_the_metrics_of_the_repeated_images():
     labels = rng.integers(0, 4, 50)
     probs = rng.dirichlet(np.ones(4), (3, 50))
     weights = rng.integers(0, 3, (50, 6)).astype(float)
-    cuts = [{"sensitivity_at_90": c} for c in (.3, .5, .7)]
+    cuts = [{"sensitivity_at_90": c, "sensitivity_at_95": c + .1} for c in (.3, .5, .7)]
     found = ev.tables(probs, labels, MALIGNANT, cuts, weights)
     for r in range(3):
         for d in range(6):

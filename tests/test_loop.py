@@ -1,4 +1,4 @@
-"""The loop as a whole: the tiny run end to end, interrupted, resumed; and its parts by brute force."""
+"""The loop as a whole: the tiny run, interrupted, resumed; and its parts by brute force."""
 import csv
 import json
 from pathlib import Path
@@ -43,7 +43,8 @@ def test_the_run_folder_holds_what_it_should(tiny):
         assert all(wanted <= set(seed["test"]) for seed in arm["seeds"])
     assert results["splits"]["train"]["images"] == 240 and len(results["rounds"]) == 1
     assert configuration.load(tiny / "config.yaml").as_dict() == results["config"]
-    for name in ("data", "hard", "children", "types", "guided", "composition", "neighbours", "mended"):
+    for name in ("data", "hard", "children", "types", "guided", "composition", "neighbours",
+                 "mended"):
         assert Image.open(tiny / f"pictures/{name}.png").width > 50
     for event in map(json.loads, (tiny / "log.jsonl").read_text().splitlines()):
         assert {"time", "event"} <= set(event)
@@ -79,7 +80,7 @@ def test_a_run_stopped_anywhere_and_resumed_gives_the_same_bytes(tiny, tmp_path,
         if stops and name == stops[0]:
             if not name.endswith("partial"):
                 stops.pop(0)
-                raise Stopped                   # before the write: the stage is lost, not half there
+                raise Stopped               # before the write: the stage is lost, not half there
             stops.pop(0)
             save(self, name, content)
             raise Stopped
@@ -105,7 +106,8 @@ def test_folders_without_groups_all_arms_two_rounds_and_the_leak_shown(tmp_path)
         f"extends: {TINY}\n"
         "data: {kind: folder, root: photos, malignant: [mel, bcc], val_fraction: 0.2}\n"
         "ddpm: {steps: 40}\nclassifier: {steps: 30, guide_steps: 20, jitter: [0.1, 0.5]}\n"
-        "guidance: {start: parent, hardness_scale: 0.1, likeness_scale: 0.1, classifier_free: 1.5}\n"
+        "guidance: {start: parent, hardness_scale: 0.1, likeness_scale: 0.1, "
+        "classifier_free: 1.5}\n"
         "loop: {rounds: 2, seeds: 1, arms: [all], mine_from: test, surplus: 4.0, added: 0.2}\n")
     folder = go(tmp_path, ["--config", "tiny.yaml"])
     results = json.loads((folder / "results.json").read_text())
@@ -118,7 +120,7 @@ def test_folders_without_groups_all_arms_two_rounds_and_the_leak_shown(tmp_path)
     assert results["jitter"]["chosen"] in (0.1, 0.5)
 
 
-# ---- parts -----------------------------------------------------------------------------------------
+# ---- parts ------------------------------------------------------------------------------------
 
 @pytest.fixture
 def experiment(tmp_path):

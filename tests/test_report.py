@@ -49,7 +49,8 @@ def fake_results(arms=ARMS, groups=("I", "VI")):
         "arms": {name: arm(name) for name in arms},
         "rounds": [{"round": 1, "kept": 600, "dropped": {"judge": 101},
                     "val": {"accuracy": 0.815}}],
-        "generator": {"frechet": 12.5, "floor_frechet": 2.25, "kid": None},
+        "generator": {"guided": {"n": 7, "frechet": 12.5, "kid": None},
+                      "real (val)": {"n": 7, "frechet": 2.25, "kid": 0.5}},
         "comparisons": [
             {"arm": a, "against": b, "subset": s, "metric": m,
              **{{"value": "difference"}.get(k, k): v - 0.5 for k, v in entry(rng).items()},
@@ -153,8 +154,8 @@ def test_other_tables(run):
     assert by_first["VI"][:2] == ["30", "n too small"]
     assert by_first["I"][2] == percent(results["arms"]["guided"]["per_group"]["I"]["sensitivity"])
     assert by_first["dropped: judge"] == ["101"] and by_first["val: accuracy"] == ["81.5 %"]
-    assert by_first["Frechet distance, real against real"] == ["2.25"]
-    assert by_first["kernel distance (KID)"] == ["n too small"]
+    assert by_first["Frechet distance"] == ["12.5", "2.25"]
+    assert by_first["kernel distance (KID)"] == ["n too small", "0.5"]
     assert by_first["images"] == ["40"] * 3 and by_first["total"] == ["1.2"]
     assert by_first["student"] == ["0.5"]
     for t in re.findall(r"(?:^\|.*\|\n)+", md, re.M):

@@ -112,7 +112,8 @@ def test_every_pixel_reaches_every_pixel(small):
         assert (grad != 0).all()
 
 
-@pytest.mark.parametrize("size, patch, multipliers", [(9, 2, (1,)), (10, 2, (1, 2)), (8, 4, (1, 2, 2))])
+@pytest.mark.parametrize("size, patch, multipliers",
+                         [(9, 2, (1,)), (10, 2, (1, 2)), (8, 4, (1, 2, 2))])
 def test_a_size_that_does_not_fit_is_refused(size, patch, multipliers):
     with pytest.raises(ValueError, match=f"size {size} is no multiple"):
         UNet(size, 2, 0, 16, multipliers, patch=patch)
