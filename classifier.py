@@ -188,3 +188,44 @@ def extract_features(network: ResNet, images: Tensor, batch: int = 500) -> np.nd
     network.eval()
     return torch.cat([network.features(to_float(part)).float().cpu()
                       for part in images.split(batch)]).numpy()
+
+
+def main() -> None:
+    """Train one student on a config's train split and score it on val and test."""
+    import argparse             # this and all below: for this command alone
+    import sys
+
+    import config
+    import data
+    import evaluate
+    from runfolder import Progress
+    from training import seeded
+    parser = argparse.ArgumentParser(description="Train one student and score it.")
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
+    arguments = parser.parse_args()
+    try:
+        c = config.load(arguments.config, arguments.set)
+        splits = data.load(**vars(c.data))
+    except ValueError as error:
+        sys.exit(print(f"classifier.py: {error}", file=sys.stderr) or 2)
+    train_set, k = splits["train"], c.classifier
+    network = seeded(c.loop.seed, lambda: build(k.network, c.data.size, len(train_set.class_names)))
+    progress = Progress("student")
+    train(network, torch.tensor(train_set.images), torch.tensor(train_set.labels),
+          torch.tensor(balanced_weights(train_set.labels)), steps=k.steps, batch=k.batch, lr=k.lr,
+          jitter=k.jitter[0], seed=c.loop.seed,
+          on_step=lambda step, steps, value: progress(step, steps, f"loss {value:.4f}"))
+    for name in ("val", "test"):
+        s = splits[name]
+        found = evaluate.metrics(
+            predict(network, torch.tensor(s.images)), s.labels, malignant=np.array(s.malignant),
+            class_names=s.class_names, groups=s.groups, group_names=s.group_names,
+            lesions=s.lesions, min_count=c.evaluate.min_count)
+        print(name, ", ".join(f"{key} {found[key]:.3f}" for key in (
+            "accuracy", "sensitivity", "specificity", "balanced_accuracy", "auroc", "ece")
+            if found[key] is not None))
+
+
+if __name__ == "__main__":
+    main()

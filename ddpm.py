@@ -278,3 +278,49 @@ def invert_ddim(eps_model: EpsModel, schedule: Schedule, x0: Tensor, steps: int,
         t, t_next = (torch.full((len(x),), u, device=x.device) for u in (now, after))
         x = ddim_step(schedule, x, t, t_next, eps_model(x, t.clamp(min=0)))
     return x
+
+
+def main() -> None:
+    """Train on a config's data; draw every class on every group from pure noise."""
+    import argparse             # this and all below: for this command alone
+    import sys
+
+    import numpy as np
+
+    import config
+    import data
+    import pictures
+    from runfolder import Progress
+    from training import seeded, to_uint8
+    from unet import UNet
+    parser = argparse.ArgumentParser(description="Train a diffusion model and draw samples.")
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
+    parser.add_argument("--out", default="ddpm.png", help="the picture to write")
+    arguments = parser.parse_args()
+    try:
+        c = config.load(arguments.config, arguments.set)
+        train_set = data.load(**vars(c.data))["train"]
+    except ValueError as error:
+        sys.exit(print(f"ddpm.py: {error}", file=sys.stderr) or 2)
+    classes, groups = len(train_set.class_names), max(1, len(train_set.group_names))
+    network = seeded(c.loop.seed, lambda: UNet(
+        c.data.size, classes, len(train_set.group_names), c.unet.width, tuple(c.unet.multipliers),
+        c.unet.blocks, c.unet.attention, c.unet.patch))
+    schedule, progress = Schedule(c.ddpm.T, c.ddpm.schedule), Progress("ddpm")
+    train(network, schedule, *(torch.tensor(a) for a in (train_set.images, train_set.labels,
+                                                         train_set.groups)),
+          steps=c.ddpm.steps, batch=c.ddpm.batch, lr=c.ddpm.lr, ema_decay=c.ddpm.ema,
+          prediction=c.ddpm.prediction, drop=c.ddpm.drop, seed=c.loop.seed,
+          on_step=lambda step, steps, value: progress(step, steps, f"loss {value:.4f}"))
+    y = torch.arange(classes).repeat_interleave(groups)
+    g = torch.arange(groups).repeat(classes) if train_set.group_names else torch.full_like(y, -1)
+    x_T = Noise(list(range(len(y))))(3, c.data.size, c.data.size)
+    model = eps_model(network, schedule, y, g, prediction=c.ddpm.prediction)
+    images = to_uint8(sample_ddim(model, schedule, x_T, min(50, c.ddpm.T))).numpy()
+    pictures.grid(train_set, np.ascontiguousarray(images), groups).save(arguments.out)
+    print(f"wrote {arguments.out}: a row a class, a column a group")
+
+
+if __name__ == "__main__":
+    main()

@@ -193,6 +193,12 @@ def test_normalise_does_not_depend_on_the_size(size):
     assert torch.allclose(normalise((grad.double() * size).float()), normalise(grad), atol=close)
 
 
+def test_a_tiny_gradient_beside_a_huge_one_keeps_its_own_size():
+    grad = normal(2, 3, 8, 8, dtype=torch.float32)
+    sizes = torch.tensor([1e-30, 1e30]).view(2, 1, 1, 1)
+    assert torch.allclose(normalise(grad * sizes), normalise(grad), atol=1e-4)
+
+
 def test_zero_stays_zero_and_what_is_not_finite_is_dropped_and_counted():
     tally, grad = Tally(), normal(5, 3, 8, 8, dtype=torch.float32)
     grad[0], grad[1, 2, 3, 4], grad[3, 0, 0, 0] = 0, math.nan, -math.inf
