@@ -169,10 +169,8 @@ class Experiment:
 
     def score_val(self, student: classifier.ResNet) -> float:
         """Balanced accuracy on val, the one figure by which things are chosen."""
-        val = self.splits["val"]
-        votes = self.predict(student, self.tensors["val"]).argmax(1)
-        return float(np.mean([(votes[val.labels == c] == c).mean()
-                              for c in np.unique(val.labels)]))
+        return balanced_accuracy(self.predict(student, self.tensors["val"]),
+                                 self.splits["val"].labels)
 
     def train_judge(self) -> None:
         """The filter's judge: its own seed, and it never guides, mines or is scored."""
@@ -309,9 +307,12 @@ class Experiment:
             elif arm == "recolour":
                 images = recoloured(self.train, parents, targets, seed)
             else:
-                start = "noise" if arm == "noise" else None
-                images, finite, dropped = self.synthesise(parents, targets, seeds, start=start,
-                                                          progress=progress)
+                g = self.config.guidance
+                # hardness guidance is mining too: the arms without mining do without it
+                push = g.hardness_scale if arm == "guided" else 0.0
+                images, finite, dropped = self.synthesise(
+                    parents, targets, seeds, start="noise" if arm == "noise" else None,
+                    scales=(g.class_scale, push, g.likeness_scale), progress=progress)
             probs = self.predict(self.judge, images)
             fate = np.zeros(len(parents), np.int64)
             if arm not in ("replay", "recolour"):           # those two are copies by intention
@@ -523,9 +524,10 @@ class Experiment:
                    "leak": self.leak}
         for arm in results["arms"]:
             results["arms"][arm]["added"] = len(added[arm]) if arm in added else 0
-        real = results["arms"]["guided" if "guided" in results["arms"] else "real"]["seeds"]
-        rounds[-1]["entry"]["val_balanced_accuracy"] = float(
-            np.mean([s["val"]["balanced_accuracy"] or 0 for s in real]))
+        last = "guided" if "guided" in self.arms else "real"
+        rounds[-1]["entry"]["val_balanced_accuracy"] = float(np.mean(
+            [balanced_accuracy(p, self.splits["val"].labels)
+             for p in predictions[f"val_probs_{last}"]]))
         self.draw(rounds, predictions)
         write_bytes(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
         report.write(folder)
@@ -621,13 +623,19 @@ class Experiment:
             batch=c.classifier.batch, lr=0.0, jitter=0.1, seed=0, bf16=self.bf16))
         model = ddpm.eps_model(unet, self.schedule, some * 0, some * 0 - 1, bf16=self.bf16)
         looking = seconds(lambda n: [model(to_float(x[some]), some) for _ in range(n)]) / len(some)
-        trained = (len(c.classifier.jitter) * (len(c.classifier.jitter) > 1) + 1
+        trained = (len(c.classifier.jitter) * (len(c.classifier.jitter) > 1) + 2
                    + c.data.folds * c.loop.rounds + len(self.arms) * c.loop.seeds)
         generating = sum(a in ("noise", "random") for a in self.arms) + c.loop.rounds
         images = generating * c.loop.added * c.loop.surplus * len(self.train)
         return (c.ddpm.steps * diffusion + students * trained * learning
                 + c.classifier.guide_steps * learning * 1.3
                 + images * 2 * c.guidance.steps * looking + 20)
+
+
+def balanced_accuracy(probs: np.ndarray, labels: np.ndarray) -> float:
+    """Mean recall over the classes that occur. probs: (N, C); labels: (N,)."""
+    votes = probs.argmax(1)
+    return float(np.mean([(votes[labels == c] == c).mean() for c in np.unique(labels)]))
 
 
 def same_mixture(sets: list[ImageSet], seed: int) -> list[np.ndarray]:

@@ -230,3 +230,20 @@ def test_folders_are_never_overwritten_and_checkpoints_are_checked(tmp_path):
         run.stage("s", lambda progress: calls.append(1) or {"n": len(calls)})
     assert calls == [1]
     assert [clock(s) for s in (5, 200, 7200)] == ["5 s", "3 min", "2 h 00 min"]
+
+
+def test_sets_are_compared_at_the_same_mixture(experiment):
+    a, b = experiment.splits["val"], experiment.splits["test"]
+    chosen = loop.same_mixture([a, b], 0)
+    cells = [s.labels[i] * 10 + s.groups[i] for s, i in zip((a, b), chosen)]
+    assert sorted(cells[0]) == sorted(cells[1])
+    assert all(len(set(i)) == len(i) for i in chosen)
+    for cell in np.unique(a.labels * 10 + a.groups):
+        fewer = min(((s.labels * 10 + s.groups) == cell).sum() for s in (a, b))
+        assert (cells[0] == cell).sum() == fewer
+
+
+def test_balanced_accuracy_by_hand():
+    probs = np.eye(3)[[0, 0, 1, 2, 2, 2]]
+    assert np.isclose(loop.balanced_accuracy(probs, np.array([0, 0, 0, 1, 2, 2])),
+                      (2 / 3 + 0 + 1) / 3)
