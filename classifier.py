@@ -191,7 +191,7 @@ def extract_features(network: ResNet, images: Tensor, batch: int = 500) -> np.nd
 
 
 def main() -> None:
-    """Train one student on a config's train split and score it on val and test."""
+    """Train one student on a config's train split and score it on val."""
     import argparse             # this and all below: for this command alone
     import sys
 
@@ -216,15 +216,14 @@ def main() -> None:
           torch.tensor(balanced_weights(train_set.labels)), steps=k.steps, batch=k.batch, lr=k.lr,
           jitter=k.jitter[0], seed=c.loop.seed,
           on_step=lambda step, steps, value: progress(step, steps, f"loss {value:.4f}"))
-    for name in ("val", "test"):
-        s = splits[name]
-        found = evaluate.metrics(
-            predict(network, torch.tensor(s.images)), s.labels, malignant=np.array(s.malignant),
-            class_names=s.class_names, groups=s.groups, group_names=s.group_names,
-            lesions=s.lesions, min_count=c.evaluate.min_count)
-        print(name, ", ".join(f"{key} {found[key]:.3f}" for key in (
-            "accuracy", "sensitivity", "specificity", "balanced_accuracy", "auroc", "ece")
-            if found[key] is not None))
+    s = splits["val"]           # test is scored once, by the loop
+    found = evaluate.metrics(
+        predict(network, torch.tensor(s.images)), s.labels, malignant=np.array(s.malignant),
+        class_names=s.class_names, groups=s.groups, group_names=s.group_names, lesions=s.lesions,
+        min_count=c.evaluate.min_count)
+    print("val:", ", ".join(f"{key} {found[key]:.3f}" for key in (
+        "accuracy", "sensitivity", "specificity", "balanced_accuracy", "auroc", "ece")
+        if found[key] is not None))
 
 
 if __name__ == "__main__":

@@ -102,16 +102,16 @@ def loss(network: nn.Module, schedule: Schedule, x0: Tensor, y: Tensor, g: Tenso
 
     Ho et al. 2020, Algorithm 1 and Eq. 14 (eps); Salimans & Ho 2022, Eq. 12 (v: its error weighs
     that of x0 by SNR + 1, so that the noisiest levels, where eps says nothing, are learnt too).
-    Class and group are each withheld (-1) with probability `drop`, so that one network is also the
-    unconditional model: Ho & Salimans 2022 (arXiv 2207.12598).
+    With probability `drop` each, the class, the group, and both together are withheld (-1), so that
+    one network is also the unconditional model: Ho & Salimans 2022 (arXiv 2207.12598).
     x0: (B, 3, H, W) in [-1, 1]; y, g: (B,) int64, -1 unknown. Returns a scalar.
     """
     B, device = len(x0), x0.device
     t = torch.randint(schedule.T, (B,), generator=generator, device=device)
     eps = torch.randn(x0.shape, generator=generator, device=device)
-    told = torch.rand(2, B, generator=generator, device=device) >= drop
+    told = torch.rand(3, B, generator=generator, device=device) >= drop
     output = network(schedule.q_sample(x0, t, eps), t,
-                     torch.where(told[0], y, -1), torch.where(told[1], g, -1))
+                     torch.where(told[0] & told[2], y, -1), torch.where(told[1] & told[2], g, -1))
     target = eps if prediction == "eps" else schedule.velocity(x0, t, eps)
     return (output - target).square().mean()
 

@@ -96,7 +96,11 @@ def guided_eps(eps_model: EpsModel, schedule: Schedule, terms: Sequence[tuple[fl
                tally: Tally | None = None) -> EpsModel:
     """An eps_model that climbs the terms (scale, objective). Dhariwal & Nichol 2021, Algorithm 2:
 
-        eps <- eps - scale * sqrt(1 - abar_t) * gradient,  the gradient normalised per image.
+        eps <- eps - scale * sqrt(1 - abar_t) * gradient
+
+    The gradient is normalised per image to root mean square sqrt(abar_t): a true gradient of
+    log p(y | x_t) fades with the signal too. x0_hat then moves by scale * (1 - abar_t), so scale
+    is the most that an image is changed in one step, in units of its range [-1, 1].
 
     A term of scale 0 is not evaluated; without any other the very same eps_model is returned.
     """
@@ -108,7 +112,8 @@ def guided_eps(eps_model: EpsModel, schedule: Schedule, terms: Sequence[tuple[fl
         eps = eps_model(x_t, t)
         push = sum(scale * normalise(gradient(objective, schedule, x_t, t, eps), tally)
                    for scale, objective in terms)
-        return eps - (1 - schedule.abar(t, x_t)).sqrt() * push
+        abar_t = schedule.abar(t, x_t)
+        return eps - (abar_t * (1 - abar_t)).sqrt() * push
     return guided
 
 

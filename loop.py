@@ -14,6 +14,7 @@ import io
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -36,10 +37,11 @@ import pictures
 import report
 from config import ARMS, Config, ConfigError
 from data import DataError, ImageSet
-from runfolder import Progress, RunFolder, clock, new_folder, save_picture, write_bytes
+from runfolder import Progress, RunError, RunFolder, clock, new_folder, save_picture, write_bytes
 from training import seeded, to_float, to_uint8
 from unet import UNet
 
+CHILDREN = 5        # at most of one parent: on the phantom, one for every other skin type
 CHUNK = 128         # images synthesised together: bounds memory; streams are per image (ddpm.Noise)
 
 
@@ -57,6 +59,7 @@ class Candidates:
     targets: np.ndarray         # int64, the group asked for, -1 where there are none
     seeds: np.ndarray           # int64, of the image's own random stream
     judge: np.ndarray           # float32, the judge's probability of the asked class
+    distance: np.ndarray        # float64, to the nearest training image, in grey levels
     fate: np.ndarray            # int64, index into FATES
     nonfinite_gradients: int = 0
 
@@ -85,6 +88,9 @@ class Experiment:
         self.train = self.splits["train"]
         print(data.counts_table(self.splits))
         self.run.log("data", **{name: data.counts(s) for name, s in self.splits.items()})
+        if not self.train.group_names and self.config.guidance.start == "counterfactual":
+            print("no groups: a counterfactual would be the image itself, so guidance.start is "
+                  "'parent'")
         if not self.train.group_names and "balanced" in self.arms:
             self.arms.remove("balanced")
             print("arm 'balanced' left out: without groups it is 'real', even over classes")
@@ -156,14 +162,16 @@ class Experiment:
     def choose_jitter(self) -> None:
         """The strength of colour jitter for every student: whichever serves `real` best on val."""
         candidates = self.config.classifier.jitter
-        self.jitter, self.jitter_scores = candidates[0], {}
-        if len(candidates) > 1:
-            for strength in candidates:
-                student = self.student(f"jitter_{strength:g}", self.train,
-                                       classifier.balanced_weights(self.train.labels),
-                                       self.seed("jitter"), strength)
-                self.jitter_scores[strength] = self.score_val(student)
-            self.jitter = max(candidates, key=lambda s: self.jitter_scores[s])
+        weights = classifier.balanced_weights(self.train.labels)
+
+        def compute(progress):
+            scores = [self.score_val(self.student(f"jitter_{s:g}", self.train, weights,
+                                                  self.seed("jitter"), s)) for s in candidates]
+            return {"scores": scores}
+        scores = self.run.stage("jitter", compute)["scores"] if len(candidates) > 1 else [0.0]
+        self.jitter = candidates[int(np.argmax(scores))]
+        self.jitter_scores = dict(zip(candidates, scores)) if len(candidates) > 1 else {}
+        if self.jitter_scores:
             print("colour jitter by balanced accuracy on val:", ", ".join(
                 f"{s:g}: {v:.3f}" for s, v in self.jitter_scores.items()), "- chosen", self.jitter)
 
@@ -177,9 +185,20 @@ class Experiment:
         weights = classifier.balanced_weights(self.train.labels)
         self.judge = self.student("judge", self.train, weights, self.seed("judge"), self.jitter)
         # A near-copy lies closer to a training image than nearly every unseen real image does.
-        distance, _ = evaluate.nearest_distance(thumbnails(self.splits["val"].images),
-                                                thumbnails(self.train.images))
-        self.copy_distance = float(np.quantile(distance, 0.01))
+        self.copy_distance = float(np.quantile(self.nearest(self.splits["val"].images)[0], 0.01))
+
+    def nearest(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Each image's distance to the nearest training image, in any of the 8 ways to turn or
+        mirror it (the generator learns from all of them), in grey levels; and which that is."""
+        known, small = thumbnails(self.train.images), thumbnails(images)
+        found = []
+        for turned in (small, small.transpose(0, 1, 3, 2)):
+            for rows in (1, -1):
+                for columns in (1, -1):
+                    found.append(evaluate.nearest_distance(turned[:, :, ::rows, ::columns], known))
+        distance, index = (np.stack(part) for part in zip(*found))
+        best = distance.argmin(0)[None]
+        return (np.take_along_axis(distance, best, 0)[0], np.take_along_axis(index, best, 0)[0])
 
     # ---- a round ---------------------------------------------------------------------------------
 
@@ -214,36 +233,47 @@ class Experiment:
             probs[fold] = self.predict(student, self.train.images[fold])
         return probs
 
-    def mine(self, images: ImageSet, probs: np.ndarray, count: int, seed: int,
-             hard_only: bool = True) -> np.ndarray:
-        """Indices of `count` parents: wrong or low-margin ones (all if not hard_only).
+    def mine(self, images: ImageSet, probs: np.ndarray, count: int, seed: int) -> np.ndarray:
+        """Indices of `count` parents among the wrong and the low-margin images.
 
-        A class x group cell with few of them is drawn from as often as one with many; where there
-        are fewer than `count`, all are taken before any is taken again.
+        The class x group cells take turns, so that a cell with few hard cases gives as many parents
+        as one with many; within a cell all are taken before any again, none more than CHILDREN
+        times. Fewer than `count` are returned where that is not enough.
         """
-        pool = np.arange(len(images))
-        if hard_only:
-            pool = np.flatnonzero(margins(probs, images.labels) < self.config.loop.margin)
+        pool = np.flatnonzero(margins(probs, images.labels) < self.config.loop.margin)
         if len(pool) == 0:
             raise DataError("no hard case was found: the students are right about every image; "
                             "raise loop.margin or give them less to learn from")
-        cells = images.labels[pool] * (len(images.group_names) + 1) + images.groups[pool]
-        counts = np.unique(cells, return_counts=True)
-        weight = 1 / counts[1][np.searchsorted(counts[0], cells)]
-        rng, chosen = np.random.default_rng(seed), []
-        while len(chosen) < count:
-            take = min(count - len(chosen), len(pool))
-            chosen.extend(rng.choice(pool, take, replace=False, p=weight / weight.sum()))
-        return np.array(chosen)
+        rng, cells = np.random.default_rng(seed), self.cells(images)[pool]
+        lines = [np.tile(rng.permutation(pool[cells == cell]), CHILDREN)
+                 for cell in rng.permutation(np.unique(cells))]
+        turn = np.concatenate([np.arange(len(line)) for line in lines])
+        return np.concatenate(lines)[np.argsort(turn, kind="stable")][:count]
+
+    def cells(self, images: ImageSet) -> np.ndarray:
+        """The class x group cell of every image, a number."""
+        return images.labels * (len(images.group_names) + 1) + images.groups + 1
+
+    def strangers(self, chosen: np.ndarray, seed: int) -> np.ndarray:
+        """For every hard parent a random one: the same class and skin type, repeated as often.
+
+        Each distinct parent is exchanged for another image of its cell, so that arm `random`
+        differs from `guided` in nothing but the mining.
+        """
+        rng, cells, swap = np.random.default_rng(seed), self.cells(self.train), {}
+        for cell in np.unique(cells[chosen]):
+            distinct = np.unique(chosen[cells[chosen] == cell])
+            swap |= zip(distinct, rng.choice(np.flatnonzero(cells == cell), len(distinct), False))
+        return np.array([swap[i] for i in chosen])
 
     def targets(self, parents: ImageSet, seed: int) -> np.ndarray:
         """The group each parent is carried to: any but its own, all alike; -1 without groups."""
         groups, rng = len(parents.group_names), np.random.default_rng(seed)
         if groups < 2:
             return np.full(len(parents), -1)
-        other = rng.integers(0, groups - 1, len(parents))
-        known = np.where(parents.groups < 0, groups, parents.groups)
-        return other + (other >= known)
+        known = parents.groups >= 0
+        other = rng.integers(0, np.where(known, groups - 1, groups))
+        return other + (known & (other >= parents.groups))
 
     def synthesise(self, parents: ImageSet, targets: np.ndarray, seeds: np.ndarray, *,
                    start: str | None = None, scales: tuple[float, float, float] | None = None,
@@ -294,43 +324,48 @@ class Experiment:
     def features(self, network: classifier.ResNet, x: Tensor) -> Tensor:
         return network.features(x)
 
-    def candidates(self, name: str, arm: str, source: ImageSet, chosen: np.ndarray,
-                   targets: np.ndarray, seed: int) -> Candidates:
-        """The images an arm would add, and what the filter, the same for all, says of each."""
-        parents = source.subset(chosen)
-        seeds = np.array([derive(seed, i) for i in range(len(chosen))])
+    def candidates(self, name: str, arm: str, source: ImageSet, seed: int,
+                   choose) -> Candidates:
+        """The images an arm would add, and what the filter, the same for all, says of each.
 
+        choose() -> (parents, targets); what it chose is stored with the images, so that a resumed
+        run cannot pair them anew. Near-copies are looked for where something was generated:
+        replay and recolour copy by intention.
+        """
         def compute(progress):
+            chosen, targets = choose()
+            parents, g = source.subset(chosen), self.config.guidance
+            seeds = np.array([derive(seed, i) for i in range(len(chosen))])
             dropped, finite = 0, np.ones(len(parents), bool)
             if arm == "replay":
                 images = parents.images
             elif arm == "recolour":
                 images = recoloured(self.train, parents, targets, seed)
             else:
-                g = self.config.guidance
-                # hardness guidance is mining too: the arms without mining do without it
-                push = g.hardness_scale if arm == "guided" else 0.0
+                # hardness guidance is mining too, and pure noise has no parent to be like
+                scales = (g.class_scale, g.hardness_scale if arm == "guided" else 0.0,
+                          g.likeness_scale if arm != "noise" else 0.0)
                 images, finite, dropped = self.synthesise(
                     parents, targets, seeds, start="noise" if arm == "noise" else None,
-                    scales=(g.class_scale, push, g.likeness_scale), progress=progress)
+                    scales=scales, progress=progress)
             probs = self.predict(self.judge, images)
+            distance = self.nearest(images)[0]
             fate = np.zeros(len(parents), np.int64)
-            if arm not in ("replay", "recolour"):           # those two are copies by intention
-                distance, _ = evaluate.nearest_distance(thumbnails(images),
-                                                        thumbnails(self.train.images))
+            if arm not in ("replay", "recolour"):
                 fate[distance < self.copy_distance] = FATES.index("copy")
             fate[probs.argmax(1) != parents.labels] = FATES.index("judge")
             fate[~finite] = FATES.index("nonfinite")
             judge = probs[np.arange(len(parents)), parents.labels]
-            return {"images": torch.tensor(images), "judge": torch.tensor(judge),
-                    "fate": torch.tensor(fate), "dropped": dropped}
+            return {"dropped": dropped} | {key: torch.tensor(value) for key, value in dict(
+                images=images, parents=chosen, targets=targets, seeds=seeds, judge=judge,
+                distance=distance, fate=fate).items()}
         stored = self.run.stage(name, compute)
-        return Candidates(stored["images"].numpy(), chosen, targets, seeds, stored["judge"].numpy(),
-                          stored["fate"].numpy(), stored["dropped"])
+        dropped = stored.pop("dropped")
+        return Candidates(**{key: value.numpy() for key, value in stored.items()},
+                          nonfinite_gradients=dropped)
 
-    def kept(self, source: ImageSet, made: Candidates, count: int | None = None) -> ImageSet:
-        """The first `count` candidates that passed the filter, as a set in their parents' folds."""
-        index = np.flatnonzero(made.fate == 0)[:count]
+    def children(self, source: ImageSet, made: Candidates, index: np.ndarray) -> ImageSet:
+        """The candidates at `index` as a set, in their parents' folds, of the groups asked for."""
         parents = source.subset(made.parents[index])
         groups = np.where(made.targets[index] < 0, parents.groups, made.targets[index])
         return replace(parents, images=made.images[index], groups=groups)
@@ -341,31 +376,36 @@ class Experiment:
         probs = self.out_of_fold(self.students)
         if number == 1:
             self.first_students, self.first_probs = self.students, probs
-        wanted = round(self.config.loop.added * len(self.train))
+        wanted = max(1, round(self.config.loop.added * len(self.train)))
         count = round(wanted * self.config.loop.surplus)
-        chosen = self.mine(self.train, probs, count, self.seed("mine", number))
-        targets = self.targets(self.train.subset(chosen), self.seed("targets", number))
-        made = self.candidates(f"guided_{number}", "guided", self.train, chosen, targets,
-                               self.seed("synthesis", number))
-        children = self.kept(self.train, made, wanted)
-        self.write_synthetic(number, made, wanted)
-        margin = margins(probs, self.train.labels)
-        votes = np.mean([self.predict(s, made.images) for s in self.students], axis=0)
+
+        def choose():
+            chosen = self.mine(self.train, probs, count, self.seed("mine", number))
+            return chosen, self.targets(self.train.subset(chosen), self.seed("targets", number))
+        made = self.candidates(f"guided_{number}", "guided", self.train,
+                               self.seed("synthesis", number), choose)
+        index = np.flatnonzero(made.fate == 0)[:wanted]
+        self.write_synthetic(number, made, index)
+        margin, folds = margins(probs, self.train.labels), self.train.folds[made.parents]
+        votes = np.zeros((len(made.images), probs.shape[1]), np.float32)
+        for k, student in enumerate(self.students):     # as the parents: by who never saw either
+            votes[folds == k] = self.predict(student, made.images[folds == k])
+        wrong = margins(votes, self.train.labels[made.parents]) < 0
         entry = {"round": number, "hard": int((margin < self.config.loop.margin).sum()),
-                 "wrong": int((margin < 0).sum()), "parents": len(np.unique(chosen)),
-                 "candidates": count, "kept": len(children),
+                 "wrong": int((margin < 0).sum()), "parents": len(np.unique(made.parents)),
+                 "candidates": len(made.images), "kept": len(index),
                  "dropped": {f: int((made.fate == i).sum()) for i, f in enumerate(FATES) if i},
                  "nonfinite_gradients": made.nonfinite_gradients,
-                 "hardness": {"parents_wrong": float((margin[chosen] < 0).mean()), "children_wrong":
-                              float((margins(votes, self.train.labels[chosen]) < 0).mean())},
+                 "hardness": {"parents_wrong": float((margin[made.parents] < 0).mean()),
+                              "children_wrong": float(wrong.mean())},
                  "judge_agrees": float((made.fate != FATES.index("judge")).mean())}
-        return {"made": made, "children": children, "entry": entry}
+        return {"made": made, "children": self.children(self.train, made, index), "entry": entry}
 
-    def write_synthetic(self, number: int, made: Candidates, wanted: int) -> None:
+    def write_synthetic(self, number: int, made: Candidates, index: np.ndarray) -> None:
         """synthetic/round_K/<class>/*.png and synthetic.csv: the kept images and their origin."""
         folder = self.run.folder / "synthetic" / f"round_{number}"
-        rows = [["file", "parent", "class", "group", "fold", "judge", "seed"]]
-        for i in np.flatnonzero(made.fate == 0)[:wanted]:
+        rows = [["file", "parent", "class", "group", "fold", "judge", "distance", "seed"]]
+        for i in index:
             parent, target = made.parents[i], made.targets[i]
             name = self.train.class_names[self.train.labels[parent]]
             group = self.train.group_names[target] if target >= 0 else ""
@@ -373,47 +413,56 @@ class Experiment:
             if not (folder / file).exists():
                 save_picture(folder / file, pictures.one(made.images[i]))
             rows.append([file, self.train.sources[parent], name, group, self.train.folds[parent],
-                         f"{made.judge[i]:.4f}", made.seeds[i]])
+                         f"{made.judge[i]:.4f}", f"{made.distance[i]:.2f}", made.seeds[i]])
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)
         write_bytes(folder / "synthetic.csv", text.getvalue().encode())
 
     # ---- the arms --------------------------------------------------------------------------------
 
-    def added_sets(self, rounds: list[dict]) -> dict[str, ImageSet | None]:
-        """What each arm adds to the real images: as many of each, by the same filter."""
-        source, chosen, targets = self.train, *(np.concatenate(
-            [getattr(r["made"], key) for r in rounds]) for key in ("parents", "targets"))
-        pools = {"guided": [r["children"] for r in rounds]}
+    def added_sets(self, rounds: list[dict]) -> dict[str, ImageSet]:
+        """What each arm adds to the real images: as many of each, by the same filter.
+
+        guided, replay and recolour hold the same parents for the same groups: those whose image
+        passed the filter in all three.
+        """
+        parts = [vars(r["made"]) for r in rounds]
+        self.made = {"guided": Candidates(**{
+            key: np.concatenate([p[key] for p in parts])
+            for key in parts[0] if key != "nonfinite_gradients"})}
+        chosen, targets = self.made["guided"].parents, self.made["guided"].targets
         for arm in self.arms:
-            if arm in ("replay", "recolour", "noise"):
-                made = self.candidates(arm, arm, source, chosen, targets, self.seed(arm))
-                pools[arm] = [self.kept(source, made)]
-            elif arm == "random":
-                any_one = self.mine(source, self.first_probs, len(chosen), self.seed(arm), False)
-                made = self.candidates(arm, arm, source, any_one, self.targets(
-                    source.subset(any_one), self.seed(arm, "targets")), self.seed(arm))
-                pools[arm] = [self.kept(source, made)]
-        if self.config.loop.mine_from == "test":
-            pools["leaked"] = [self.leaked(len(chosen))]
-        pools = {arm: part[0] if len(part) == 1 else joined(part) for arm, part in pools.items()}
-        count = min(len(pool) for pool in pools.values())
+            if arm in ("replay", "recolour", "noise", "random"):
+                parents = self.strangers(chosen, self.seed(arm)) if arm == "random" else chosen
+                self.made[arm] = self.candidates(arm, arm, self.train, self.seed(arm),
+                                                 lambda: (parents, targets))
+        matched = [arm for arm in ("guided", "replay", "recolour") if arm in self.made]
+        together = np.all([self.made[arm].fate == 0 for arm in matched], axis=0)
+        passed = {arm: together if arm in matched else made.fate == 0
+                  for arm, made in self.made.items()}
+        wanted = max(1, round(self.config.loop.added * len(self.train))) * len(rounds)
+        count = min(wanted, *(int(of.sum()) for of in passed.values()))
         if count == 0:
-            empty = [arm for arm, pool in pools.items() if len(pool) == 0]
+            empty = [arm for arm, of in passed.items() if not of.any()]
             raise DataError(f"the filter left no image for {', '.join(empty)}: train the diffusion "
                             "model longer (ddpm.steps) or lower the guidance scales")
-        rng = np.random.default_rng(self.seed("thin"))
-        return {arm: pool.subset(np.sort(rng.permutation(len(pool))[:count]))
-                for arm, pool in pools.items()}
+        self.used = {arm: np.flatnonzero(of)[:count] for arm, of in passed.items()}
+        added = {arm: self.children(self.train, self.made[arm], index)
+                 for arm, index in self.used.items()}
+        if self.config.loop.mine_from == "test":
+            added["leaked"] = self.leaked(len(chosen), count)
+        return added
 
-    def leaked(self, count: int) -> ImageSet:
+    def leaked(self, candidates: int, count: int) -> ImageSet:
         """The naive protocol, for show: hard cases mined on the test set itself."""
         test = self.splits["test"]
-        probs = np.mean([self.predict(s, self.tensors["test"]) for s in self.first_students], 0)
-        chosen = self.mine(test, probs, count, self.seed("leak"))
-        made = self.candidates("leaked", "guided", test, chosen, self.targets(
-            test.subset(chosen), self.seed("leak", "targets")), self.seed("leak", "synthesis"))
-        return self.kept(test, made)
+
+        def choose():
+            probs = np.mean([self.predict(s, self.tensors["test"]) for s in self.first_students], 0)
+            chosen = self.mine(test, probs, candidates, self.seed("leak"))
+            return chosen, self.targets(test.subset(chosen), self.seed("leak", "targets"))
+        made = self.candidates("leaked", "guided", test, self.seed("leak", "synthesis"), choose)
+        return self.children(test, made, np.flatnonzero(made.fate == 0)[:count])
 
     def run_arms(self, added: dict[str, ImageSet]) -> dict[str, np.ndarray]:
         """Train every arm's students from the same starts; their probabilities on val and test."""
@@ -492,12 +541,22 @@ class Experiment:
         for (arm, images), index in zip(sets.items(), chosen):
             some = images.subset(index)
             own = classifier.extract_features(critic, self.tensor(some.images))
-            distance, _ = evaluate.nearest_distance(thumbnails(images.images),
-                                                    thumbnails(self.train.images))
-            row = {"n": len(index), "nearest_train_distance": float(np.median(distance))}
+            row = {"n": len(index)}
             if phantom_data:
-                votes = self.predict(critic, images.images).argmax(1)
-                row["label_fidelity_oracle"] = float((votes == images.labels).mean())
+                votes = self.predict(critic, some.images).argmax(1)
+                row["label_fidelity_oracle"] = float((votes == some.labels).mean())
+            if arm in self.made:
+                made = self.made[arm]
+                labels, fates = self.train.labels[made.parents], np.bincount(made.fate, minlength=4)
+                row["candidates"] = len(labels)
+                row |= {f"dropped: {fate}": int(n) for fate, n in zip(FATES[1:], fates[1:])}
+                if phantom_data:
+                    votes = self.predict(critic, made.images).argmax(1)
+                    row["label_fidelity_unfiltered"] = float((votes == labels).mean())
+            distance = self.nearest(images.images)[0]
+            row["nearest_train"] = {"all": float(np.median(distance))} | {
+                name: float(np.median(distance[images.labels == y]))
+                for y, name in enumerate(images.class_names) if (images.labels == y).any()}
             enough = len(index) > features.shape[1]
             row["frechet"] = evaluate.frechet_distance(features, own) if enough else None
             row["kid"] = evaluate.kernel_distance(features, own) if enough else None
@@ -533,10 +592,10 @@ class Experiment:
         report.write(folder)
         print(results["verdict"])
         if "leaked" in results["arms"]:
-            naive, clean = (results["arms"][a]["test"]["all"]["balanced_accuracy"]["value"]
+            naive, clean = (results["arms"][a]["test"]["all"]["accuracy"]["value"]
                             for a in ("leaked", "guided"))
-            print(f"optimistic: mined on the test set, the naive protocol reports {naive:.1%} of "
-                  f"balanced accuracy where the clean one has {clean:.1%}, "
+            print(f"optimistic: mined on the test set, the naive protocol reports {naive:.1%} "
+                  f"accuracy where the clean one has {clean:.1%}, "
                   f"{100 * (naive - clean):+.1f} points")
         print(f"report: {folder / 'report.md'} and {folder / 'report.html'}")
 
@@ -560,12 +619,13 @@ class Experiment:
         self.picture("guided", lambda: self.unguided_beside_guided(made))
         self.picture("composition", self.composition)
         self.picture("neighbours", lambda: pictures.neighbours(
-            train, made.images, *evaluate.nearest_distance(thumbnails(made.images),
-                                                           thumbnails(train.images))))
+            train, made.images, *self.nearest(made.images)))
         if "guided" in self.arms:
             real, guided = (evaluate.vote(predictions[f"test_probs_{a}"])
                             for a in ("real", "guided"))
-            self.picture("mended", lambda: pictures.mended(self.splits["test"], real, guided))
+            mean = predictions["test_probs_real"].mean(0)
+            self.picture("mended", lambda: pictures.mended(
+                self.splits["test"], real, guided, margins(mean, self.splits["test"].labels)))
 
     def every_type(self, margin: np.ndarray):
         """The two hardest lesions of each malignant class, carried to every group."""
@@ -656,10 +716,10 @@ def margins(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def thumbnails(images: np.ndarray, side: int = 16) -> np.ndarray:
-    """uint8 (N, 3, S, S) averaged down to side x side, flat float32: near-copies differ in noise,
+    """uint8 (N, 3, S, S) averaged down to float32 (N, 3, side, side): near-copies differ in noise,
     not here. Scaled so that distances are root mean square grey levels."""
     x = torch.nn.functional.adaptive_avg_pool2d(torch.tensor(images).float(), side)
-    return x.flatten(1).numpy() / (3 * side * side) ** 0.5
+    return x.numpy() / (3 * side * side) ** 0.5
 
 
 def recoloured(train: ImageSet, parents: ImageSet, targets: np.ndarray,
@@ -693,6 +753,8 @@ def joined(sets: list[ImageSet]) -> ImageSet:
 
 def pick_device(name: str) -> torch.device:
     """auto: CUDA if there, else the CPU."""
+    if name not in ("auto", "cpu") and not name.startswith("cuda"):
+        raise ConfigError(f"loop.device: '{name}' is unknown; write auto, cpu, cuda or cuda:1")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -752,8 +814,10 @@ def main(argv: list[str] | None = None) -> int:
                         yaml.safe_dump(config.as_dict(), sort_keys=False).encode())
         Experiment(config, RunFolder(folder)).go()
         return 0
-    except (ConfigError, DataError, FloatingPointError) as error:
+    except (ConfigError, DataError, RunError, FloatingPointError) as error:
         print(f"loop.py: {error}", file=sys.stderr)
+        if folder and not arguments.resume and not any((folder / "checkpoints").glob("*")):
+            shutil.rmtree(folder)       # made a moment ago, and nothing in it yet
         return 2
     except KeyboardInterrupt:
         print(f"\nstopped; go on with: python loop.py --resume {folder}", file=sys.stderr)

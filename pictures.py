@@ -83,13 +83,15 @@ def neighbours(train: ImageSet, images: np.ndarray, distance: np.ndarray, neares
     return contact_sheet(pairs.reshape(-1, *images.shape[1:]), captions, 8, zoom(images))
 
 
-def mended(test: ImageSet, before: np.ndarray, after: np.ndarray, each: int = 8) -> Image.Image:
+def mended(test: ImageSet, before: np.ndarray, after: np.ndarray, margin: np.ndarray,
+           each: int = 8) -> Image.Image:
     """Test images put right and put wrong by the retraining: class, answer before > after."""
     names, tiles, captions = test.class_names, [], []
     blank = np.full((1, *test.images.shape[1:]), 235, np.uint8)
+    order = np.argsort(margin, kind="stable")              # the hardest first
     for cases in ((before != test.labels) & (after == test.labels),
                   (before == test.labels) & (after != test.labels)):
-        chosen = np.flatnonzero(cases)[:each]
+        chosen = order[cases[order]][:each]
         tiles += [test.images[chosen], *[blank] * (each - len(chosen))]
         captions += [f"{names[test.labels[i]]}\n{names[before[i]]} > {names[after[i]]}"
                      for i in chosen]

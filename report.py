@@ -32,7 +32,7 @@ MORE_MEASURES = {"auprc": "AUPRC", "ece": "ECE",
 SPOKEN = {**MEASURES, **MORE_MEASURES,
           "frechet": "Frechet distance", "kid": "kernel distance (KID)"}
 PERCENT = {*MEASURES, *MORE_MEASURES, "precision", "recall",
-           "label_fidelity_judge", "label_fidelity_oracle"}
+           "label_fidelity_oracle", "label_fidelity_unfiltered"}
 CAPTIONS = {"data": "Training images by class and group",
             "hard": "Hard cases: what the students get wrong",
             "types": "One lesion on every skin type",
@@ -57,7 +57,6 @@ def write(folder: Path) -> None:
     pictures.sort(key=[*CAPTIONS, *(p for p in pictures if p not in CAPTIONS)].index)
     rounds = {f"round {r.get('round', i)}": {k: v for k, v in r.items() if k != "round"}
               for i, r in enumerate(results.get("rounds") or [], 1)}
-    leak = results.get("config", {}).get("loop", {}).get("mine_from") == "test"
     known = {k: v for k, v in private(results.get("environment") or {}).items() if v is not None}
     blocks = [
         *opening(results),
@@ -70,7 +69,7 @@ def write(folder: Path) -> None:
         *section("Confusion", *confusions(results, predictions)),
         *section("Pictures", *(("picture", stem, marked(results, CAPTIONS.get(
             stem, stem.replace("_", " ").capitalize()))) for stem in pictures)),
-        *section("Rounds", sheet(results, rounds, MARK.capitalize() if leak else "")),
+        *section("Rounds", sheet(results, rounds)),
         *section("The generator", *generator(results)),
         *section("Splits", sheet(results, results.get("splits") or {})),
         *section("Settings", ("code", as_yaml(private(results.get("config") or {})))),

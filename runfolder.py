@@ -16,6 +16,10 @@ import torch
 FORMAT = 1          # of the checkpoints; another number is refused
 
 
+class RunError(RuntimeError):
+    """One line: what of the run folder cannot be used, and what to do."""
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file that is either whole or absent, even if the power fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +96,7 @@ class RunFolder:
     def log(self, event: str, **details) -> None:
         """Append one line to log.jsonl."""
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        line = {"time": now, "event": event, **details}
+        line = {"time": now, "event": event, "step": None, **details}
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -109,7 +113,7 @@ class RunFolder:
             return None
         stored = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(stored, dict) or stored.get("format") != FORMAT:
-            raise ValueError(f"{path}: no checkpoint of format {FORMAT}; delete it to make it anew")
+            raise RunError(f"{path}: no checkpoint of format {FORMAT}; delete it to make it anew")
         return stored["content"]
 
     def stage(self, name: str, compute: Callable[[Progress], dict]) -> dict:

@@ -395,9 +395,10 @@ def test_what_the_network_is_shown_while_training():
     # every level 0..T-1, equally often
     counts = np.bincount(t, minlength=20)
     assert len(counts) == 20 and abs(counts - B / 20).max() < 5 * math.sqrt(B / 20)
-    # each condition withheld at its rate, and both at the product: independently
+    # three coins: the class alone, the group alone, both together
     no_y, no_g = told_y == -1, told_g == -1
-    for found, p in [(no_y, drop), (no_g, drop), (no_y & no_g, drop ** 2)]:
+    either, both = 1 - (1 - drop) ** 2, drop + (1 - drop) * drop ** 2
+    for found, p in [(no_y, either), (no_g, either), (no_y & no_g, both)]:
         assert abs(found.double().mean() - p) < 5 * math.sqrt(p * (1 - p) / B)
     assert (told_y[~no_y] == y[~no_y]).all() and (told_g[~no_g] == y[~no_g] + 1).all()
     # x_t is the image noised to that very level

@@ -305,8 +305,9 @@ def test_a_lesion_decides_once_by_its_mean_probability():
 
 # ---- the verdict -----------------------------------------------------------------------------
 
-def told(seeds=3, optimistic=(), **against):
-    """verdict() of arms given as name=(value, difference, low, high) of guided against them."""
+def told(seeds=3, optimistic=(), lifted=True, **against):
+    """verdict() of arms given as name=(value, difference, low, high) of guided against them;
+    lifted: random itself beats real."""
     def arm(name, value):
         return {"optimistic": name in optimistic, "seeds": [{}] * seeds,
                 "test": {"all": {"balanced_accuracy": {"value": value}}}}
@@ -314,6 +315,8 @@ def told(seeds=3, optimistic=(), **against):
     rows_ = [{"arm": "guided", "against": name, "subset": "all", "metric": "balanced_accuracy",
               "difference": d, "low": low, "high": high}
              for name, (_, d, low, high) in against.items()]
+    rows_ += [{"arm": "random", "against": "real", "subset": "all", "metric": "balanced_accuracy",
+               "difference": .02, "low": .01 if lifted else -.01, "high": .03}]
     decoy = [dict(r, subset="hard", difference=.5, low=.4, high=.6) for r in rows_]
     return ev.verdict(arms | {"guided": arm("guided", .8)}, decoy + rows_ + decoy)
 
@@ -329,7 +332,9 @@ def test_every_verdict():
         "guided is worse than replay: -3.0 points")
     for random in (.804, .77):  # the best control or not: it is not beaten
         assert told(real=(.78, *clear), replay=(.78, *clear), random=(random, *unclear)).startswith(
-            "the gain is the counterfactuals', not the mining's: guided beats real and replay, but")
+            "the gain is the counterfactuals', not the mining's: guided and random beat real, but")
+        assert not told(lifted=False, real=(.78, *clear), replay=(.78, *clear),
+                        random=(random, *unclear)).startswith("the gain")
     assert told(real=(.78, *clear), random=(.83, *worse)).startswith("guided is worse than random")
     assert told(real=(.804, *unclear), random=(.78, *clear)).startswith("no gain over real")
     assert told(real=(.78, *clear), random=(.79, *unclear), replay=(.8, *unclear)).startswith(
@@ -360,7 +365,9 @@ def test_score_adds_up():
         for metric, found in guided["test"][subset].items():
             each = [row["test"] if subset == "all" else row["test"]["hard"] if subset == "hard"
                     else row["test"]["per_group"][s["worst_group"]] for row in guided["seeds"]]
-            if metric in each[0]:
+            if each[0].get(metric) is None:
+                assert found["value"] is None or metric not in each[0]
+            else:
                 assert found["value"] == pytest.approx(np.mean([e[metric] for e in each]))
                 assert found["low"] <= found["value"] <= found["high"]
     reference = ev.hard_cases(p["test_reference"], p["test_labels"])

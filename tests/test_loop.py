@@ -12,7 +12,7 @@ import config as configuration
 import data
 import loop
 import phantom
-from runfolder import RunFolder, clock, new_folder
+from runfolder import RunError, RunFolder, clock, new_folder
 
 HERE = Path(__file__).parents[1]
 TINY = HERE / "configs/tiny.yaml"
@@ -160,22 +160,49 @@ def test_a_share_of_every_batch_is_added_images_and_classes_are_even_in_both(exp
         assert np.allclose(of_class, of_class[0])
 
 
-def test_mining_takes_the_wrong_and_unsure_and_rare_cells_as_often(experiment):
+def test_mining_takes_the_wrong_and_unsure_and_the_cells_by_turns(experiment):
     train = experiment.train
     probs = np.full((len(train), 4), 0.1, np.float32)
     probs[np.arange(len(train)), train.labels] = 0.7                    # all right ...
     hard = np.arange(0, len(train), 4)
     probs[hard] = 0.25                                                  # ... but these: margin 0
-    chosen = experiment.mine(train, probs, len(hard), 1)
-    assert sorted(chosen) == sorted(hard)                               # all once before any twice
-    cells = train.labels[hard] * 10 + train.groups[hard]
-    first = np.array([train.labels[i] * 10 + train.groups[i]
-                      for seed in range(600) for i in experiment.mine(train, probs, 1, seed)])
-    share = np.array([(first == c).mean() for c in np.unique(cells)])
-    assert abs(share - 1 / len(share)).max() < 4 * (1 / len(share) / 600) ** 0.5
+    everything = experiment.mine(train, probs, 10_000, 1)
+    assert (np.bincount(everything, minlength=len(train))[hard] == loop.CHILDREN).all()
+    assert set(everything) == set(hard)
+    for count in (7, 20, 60, 150):                                      # fewer and more than hard
+        chosen = experiment.mine(train, probs, count, 1)
+        cells = experiment.cells(train)
+        taken = {c: (cells[chosen] == c).sum() for c in np.unique(cells[hard])}
+        room = {c: loop.CHILDREN * (cells[hard] == c).sum() for c in taken}
+        most = max(taken.values())
+        assert len(chosen) == count and all(taken[c] >= min(room[c], most - 1) for c in taken)
+        repeats = np.bincount(chosen, minlength=len(train))
+        for c in taken:                                                 # all before any again
+            of = repeats[hard][cells[hard] == c]
+            assert of.max() - of.min() <= 1
     with pytest.raises(data.DataError, match="loop.margin"):
         probs[hard, train.labels[hard]] = 0.9
         experiment.mine(train, probs, 5, 1)
+
+
+def test_strangers_share_cell_and_repetition_and_nothing_else(experiment):
+    train, cells = experiment.train, experiment.cells(experiment.train)
+    chosen = np.repeat(np.arange(0, 120, 3), np.arange(40) % 4 + 1)
+    other = experiment.strangers(chosen, 1)
+    assert (cells[other] == cells[chosen]).all() and len(np.unique(other)) == 40
+    assert len({*zip(chosen, other)}) == 40                             # a mapping, one to one
+    common = cells[chosen] == np.bincount(cells).argmax()
+    seen = {int(experiment.strangers(chosen, s)[common][0]) for s in range(300)}
+    assert len(seen) > 0.9 * (cells == np.bincount(cells).argmax()).sum()   # any of the cell
+
+
+def test_a_turned_copy_is_found(experiment):
+    images = experiment.train.images[:5]
+    for turned in (images.transpose(0, 1, 3, 2), images[:, :, ::-1], images[:, :, :, ::-1],
+                   images[:, :, ::-1, ::-1].transpose(0, 1, 3, 2)):
+        distance, index = experiment.nearest(np.ascontiguousarray(turned))
+        assert np.allclose(distance, 0, atol=1e-3)
+        assert (experiment.train.images[index] == images).all()
 
 
 def test_targets_are_any_group_but_the_own(experiment):
@@ -186,6 +213,8 @@ def test_targets_are_any_group_but_the_own(experiment):
         share = np.bincount(drawn[:, train.groups == own].ravel(), minlength=6) / 200
         share /= share.sum()
         assert share[own] == 0 and abs(np.delete(share, own) - 0.2).max() < 0.05
+    unknown = loop.replace(train, groups=np.full(len(train), -1))
+    assert set(experiment.targets(unknown, 0)) == set(range(6))
 
 
 def test_margins_by_hand():
@@ -223,7 +252,7 @@ def test_folders_are_never_overwritten_and_checkpoints_are_checked(tmp_path):
     run.save("a", {"w": torch.arange(3), "names": ["b"]})
     assert torch.equal(run.load("a")["w"], torch.arange(3)) and run.load("absent") is None
     torch.save({"format": 99, "content": {}}, tmp_path / "checkpoints/b.pt")
-    with pytest.raises(ValueError, match="b.pt"):
+    with pytest.raises(RunError, match="b.pt"):
         run.load("b")
     calls = []
     for _ in range(2):
