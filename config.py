@@ -90,6 +90,7 @@ class Evaluate:
     min_count: int = within(1)
     draws: int = within(100)
     oracle: int = within(100)
+    inception: str
 
 
 @dataclass(frozen=True)

@@ -582,6 +582,8 @@ def main() -> None:
     os.makedirs(os.path.dirname(arguments.out) or ".", exist_ok=True)
     class_by_group_sheet(splits["train"], title="train: class by group").save(arguments.out)
     print(counts_table(splits))
+    print("share of test images whose lesion is also in train:", ", ".join(
+        f"{name} {share:.0%}" for name, share in leaked_share(splits).items()))
     print(f"wrote {arguments.out}")
 
 

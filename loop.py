@@ -81,6 +81,7 @@ class Experiment:
     def prepare(self) -> None:
         """Load and split the data; say what there is."""
         c = self.config.data
+        self.inception = inception_features(self.config.evaluate.inception, self.device)
         progress = Progress("data")
         cache = self.run.folder.parent / "cache" / f"{c.kind}_{c.size}"
         self.splits = data.load(**vars(c), cache=cache, progress=progress)
@@ -553,6 +554,9 @@ class Experiment:
                 if phantom_data:
                     votes = self.predict(critic, made.images).argmax(1)
                     row["label_fidelity_unfiltered"] = float((votes == labels).mean())
+            if self.inception is not None and len(index) > 2048:
+                row["fid"] = evaluate.frechet_distance(self.inception(real),
+                                                       self.inception(some.images))
             distance = self.nearest(images.images)[0]
             row["nearest_train"] = {"all": float(np.median(distance))} | {
                 name: float(np.median(distance[images.labels == y]))
@@ -720,6 +724,26 @@ def thumbnails(images: np.ndarray, side: int = 16) -> np.ndarray:
     not here. Scaled so that distances are root mean square grey levels."""
     x = torch.nn.functional.adaptive_avg_pool2d(torch.tensor(images).float(), side)
     return x.numpy() / (3 * side * side) ** 0.5
+
+
+def inception_features(path: str, device: torch.device):
+    """images -> (N, 2048) features by the usual Inception network, or None without a path.
+
+    The TorchScript file takes uint8 (N, 3, H, W) and resizes by itself, as FID was defined by.
+    """
+    if not path:
+        return None
+    try:
+        network = torch.jit.load(path, map_location=device).eval()
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"evaluate.inception: {path} is no TorchScript file "
+                          f"({str(error).splitlines()[0]})") from None
+
+    @torch.no_grad()
+    def features(images):
+        return torch.cat([network(part.to(device), return_features=True).float().cpu()
+                          for part in torch.tensor(images).split(64)]).numpy()
+    return features
 
 
 def recoloured(train: ImageSet, parents: ImageSet, targets: np.ndarray,

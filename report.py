@@ -64,6 +64,7 @@ def write(folder: Path) -> None:
         *section("Differences", *differences(results)),
         *section(f"By {kind_of_group(results)}", *by_group(results)),
         *section("By hidden subtype", *by_subtype(results)),
+        *section("By class", *by_class(results)),
         *section("ROC before and after", *roc(results, predictions)),
         *section("Loss curves", *losses(results, log, broken)),
         *section("Confusion", *confusions(results, predictions)),
@@ -116,7 +117,8 @@ def before_and_after(results):
     images = results.get("splits", {}).get("test", {}).get("images")
     for subset, words, n, measures, extra in (
             ("all", "All test images", images, MEASURES, ["added", "mended", "broken"]),
-            ("hard", "Hard cases: test images that students of real images get wrong",
+            ("hard", "Hard cases: test images that students of real images, none in any arm, get "
+             "wrong; any change of training mends a few, so compare with the controls",
              results.get("hard", {}).get("n"), MEASURES, []),
             ("worst_group", f"Worst {kind_of_group(results)}: {worst}", max(sizes, default=0),
              MEASURES, []),
@@ -147,7 +149,7 @@ def differences(results):
     compared = results.get("comparisons") or []
     for c in sorted(compared, key=lambda c: c["arm"] not in chosen(results)[-1:]):
         name = marked(results, f"{c['arm']} minus {c['against']}")
-        if "mcnemar_p" in c:  # of the majority vote, so it stands once for each pair
+        if "mcnemar_p" in c:  # of one decision per lesion: once for each pair
             p_values[name] = c
         if c["metric"] == "balanced_accuracy" and c["subset"] in subsets:
             rows.setdefault(name, {})[c["subset"]] = {**c, "value": c.get("difference")}
@@ -166,7 +168,8 @@ def differences(results):
             drawings.append((f"forest_{subset}", title, drawing))
     words = ("Balanced accuracy in percentage points, paired over the same test lesions and seeds; "
              "right of zero the first arm is better. The interval of a hollow mark holds zero.")
-    words += " McNemar: right against wrong lesions by majority vote." if p_values else ""
+    if p_values:
+        words += " McNemar: lesions right and wrong, by the mean probability over images and seeds."
     return [("p", words), ("plots", drawings),
             table(results, "", ["comparison", *columns], [*map(list, zip(rows, *columns.values()))])
             ] if rows else []
@@ -200,6 +203,25 @@ def by_subtype(results):
                      *(interval({**e, "value": e.get("recall")}) for e in entries)])
     return [("p", "Recall in percent; no model is told the subtype."),
             table(results, "", ["subtype", "n", *arms], rows)] if rows else []
+
+
+def by_class(results):
+    """One against the rest, before and after: means over the seeds."""
+    rows = {}
+    for arm in chosen(results):
+        for seed in results["arms"][arm].get("seeds", []):
+            for name, found in ((seed.get("test") or {}).get("per_class") or {}).items():
+                row = rows.setdefault(name, {"n": found.get("n", 0)})
+                for k in ("recall", "auroc", "auprc"):
+                    row.setdefault((arm, k), []).append(found.get(k))
+    columns = [(arm, k) for arm in chosen(results) for k in ("recall", "auroc", "auprc")]
+    return [("p", "Each class against the rest, in percent: means over the seeds."),
+            table(results, "", ["class", "n", *(f"{k if k == 'recall' else k.upper()}, {arm}"
+                                                for arm, k in columns)],
+                  [[name, str(row["n"]), *(TOO_SMALL if None in row.get(c, [None]) else
+                                           interval({"value": float(np.mean(row[c]))})
+                                           for c in columns)] for name, row in rows.items()])
+            ] if rows else []
 
 
 def roc(results, predictions):

@@ -276,3 +276,18 @@ def test_balanced_accuracy_by_hand():
     probs = np.eye(3)[[0, 0, 1, 2, 2, 2]]
     assert np.isclose(loop.balanced_accuracy(probs, np.array([0, 0, 0, 1, 2, 2])),
                       (2 / 3 + 0 + 1) / 3)
+
+
+def test_inception_features_come_from_a_torchscript_file(tmp_path):
+    class Means(torch.nn.Module):
+        def forward(self, x, return_features: bool = False):
+            return x.float().mean((2, 3))
+    torch.jit.script(Means()).save(tmp_path / "net.pt")
+    images = np.random.default_rng(0).integers(0, 256, (70, 3, 8, 8), dtype=np.uint8)
+    found = loop.inception_features(str(tmp_path / "net.pt"), torch.device("cpu"))(images)
+    assert np.allclose(found, images.mean((2, 3)))
+    assert loop.inception_features("", torch.device("cpu")) is None
+    (tmp_path / "no.pt").write_bytes(b"nothing")
+    for path in ("no.pt", "absent.pt"):
+        with pytest.raises(configuration.ConfigError, match="evaluate.inception"):
+            loop.inception_features(str(tmp_path / path), torch.device("cpu"))
