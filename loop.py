@@ -447,9 +447,11 @@ class Experiment:
             empty = [arm for arm, of in passed.items() if not of.any()]
             raise DataError(f"the filter left no image for {', '.join(empty)}: train the diffusion "
                             "model longer (ddpm.steps) or lower the guidance scales")
-        self.used = {arm: np.flatnonzero(of)[:count] for arm, of in passed.items()}
-        added = {arm: self.children(self.train, self.made[arm], index)
-                 for arm, index in self.used.items()}
+        if count < wanted:
+            print(f"every arm adds {count} images where {wanted} were wanted: the filter passed no "
+                  "more (loop.surplus)")
+        added = {arm: self.children(self.train, self.made[arm], np.flatnonzero(of)[:count])
+                 for arm, of in passed.items()}
         if self.config.loop.mine_from == "test":
             added["leaked"] = self.leaked(len(chosen), count)
         return added
@@ -548,9 +550,7 @@ class Experiment:
                 row["label_fidelity_oracle"] = float((votes == some.labels).mean())
             if arm in self.made:
                 made = self.made[arm]
-                labels, fates = self.train.labels[made.parents], np.bincount(made.fate, minlength=4)
-                row["candidates"] = len(labels)
-                row |= {f"dropped: {fate}": int(n) for fate, n in zip(FATES[1:], fates[1:])}
+                labels = self.train.labels[made.parents]
                 if phantom_data:
                     votes = self.predict(critic, made.images).argmax(1)
                     row["label_fidelity_unfiltered"] = float((votes == labels).mean())
@@ -584,6 +584,9 @@ class Experiment:
                    **evaluate.score(predictions, min_count=c.evaluate.min_count,
                                     draws=c.evaluate.draws),
                    "rounds": [r["entry"] for r in rounds], "generator": quality,
+                   "filter": {arm: {"candidates": len(made.fate)} | {
+                       fate: int((made.fate == i).sum()) for i, fate in enumerate(FATES)}
+                       for arm, made in self.made.items()},
                    "leak": self.leak}
         for arm in results["arms"]:
             results["arms"][arm]["added"] = len(added[arm]) if arm in added else 0
@@ -691,9 +694,11 @@ class Experiment:
                    + c.data.folds * c.loop.rounds + len(self.arms) * c.loop.seeds)
         generating = sum(a in ("noise", "random") for a in self.arms) + c.loop.rounds
         images = generating * c.loop.added * c.loop.surplus * len(self.train)
+        # evaluations a step: inverting, decoding, and about two more for guidance's gradients
+        evaluations = (c.guidance.start == "counterfactual") + 1 + (c.guidance.classifier_free != 1)
         return (c.ddpm.steps * diffusion + students * trained * learning
                 + c.classifier.guide_steps * learning * 1.3
-                + images * 2 * c.guidance.steps * looking + 20)
+                + images * c.guidance.steps * (evaluations + 2) * looking + 30)
 
 
 def balanced_accuracy(probs: np.ndarray, labels: np.ndarray) -> float:
