@@ -326,8 +326,8 @@ def filtered(results):
     """What became of each arm's candidates."""
     if results.get("filter"):
         yield "p", ("What the filter, the same for every arm, made of the candidates. guided, "
-                    "replay and recolour hold the parents whose image was kept in all three; every arm "
-                    "adds as many images as the arm that has fewest.")
+                    "replay and recolour hold the parents whose image was kept in all three; every "
+                    "arm adds as many images as the arm that has fewest.")
         yield sheet(results, results["filter"])
 
 
