@@ -163,18 +163,18 @@ class Experiment:
     def choose_jitter(self) -> None:
         """The strength of colour jitter for every student: whichever serves `real` best on val."""
         candidates = self.config.classifier.jitter
+        self.jitter, self.jitter_scores = candidates[0], {}
+        if len(candidates) == 1:
+            return
         weights = classifier.balanced_weights(self.train.labels)
-
-        def compute(progress):
-            scores = [self.score_val(self.student(f"jitter_{s:g}", self.train, weights,
-                                                  self.seed("jitter"), s)) for s in candidates]
-            return {"scores": scores}
-        scores = self.run.stage("jitter", compute)["scores"] if len(candidates) > 1 else [0.0]
+        students = [self.student(f"jitter_{strength:g}", self.train, weights, self.seed("jitter"),
+                                 strength) for strength in candidates]
+        scores = self.run.stage("jitter", lambda progress: {
+            "scores": [self.score_val(student) for student in students]})["scores"]
         self.jitter = candidates[int(np.argmax(scores))]
-        self.jitter_scores = dict(zip(candidates, scores)) if len(candidates) > 1 else {}
-        if self.jitter_scores:
-            print("colour jitter by balanced accuracy on val:", ", ".join(
-                f"{s:g}: {v:.3f}" for s, v in self.jitter_scores.items()), "- chosen", self.jitter)
+        self.jitter_scores = dict(zip(candidates, scores))
+        print("colour jitter by balanced accuracy on val:", ", ".join(
+            f"{s:g}: {v:.3f}" for s, v in self.jitter_scores.items()), "- chosen", self.jitter)
 
     def score_val(self, student: classifier.ResNet) -> float:
         """Balanced accuracy on val, the one figure by which things are chosen."""
@@ -545,15 +545,14 @@ class Experiment:
             some = images.subset(index)
             own = classifier.extract_features(critic, self.tensor(some.images))
             row = {"n": len(index)}
-            if phantom_data:
+            if phantom_data and len(index):
                 votes = self.predict(critic, some.images).argmax(1)
                 row["label_fidelity_oracle"] = float((votes == some.labels).mean())
-            if arm in self.made:
+            if phantom_data and arm in self.made:
                 made = self.made[arm]
-                labels = self.train.labels[made.parents]
-                if phantom_data:
-                    votes = self.predict(critic, made.images).argmax(1)
-                    row["label_fidelity_unfiltered"] = float((votes == labels).mean())
+                votes = self.predict(critic, made.images).argmax(1)
+                row["label_fidelity_unfiltered"] = float(
+                    (votes == self.train.labels[made.parents]).mean())
             if self.inception is not None and len(index) > 2048:
                 row["fid"] = evaluate.frechet_distance(self.inception(real),
                                                        self.inception(some.images))
@@ -771,13 +770,6 @@ def recoloured(train: ImageSet, parents: ImageSet, targets: np.ndarray,
         gain = gain.clip(0.5, 2)
     bright = parents.images * gain[:, :, None, None]
     return bright.round().clip(0, 255).astype(np.uint8)
-
-
-def joined(sets: list[ImageSet]) -> ImageSet:
-    whole = sets[0]
-    for part in sets[1:]:
-        whole = whole.extend(part)
-    return whole
 
 
 def pick_device(name: str) -> torch.device:

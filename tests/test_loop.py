@@ -186,7 +186,7 @@ def test_mining_takes_the_wrong_and_unsure_and_the_cells_by_turns(experiment):
 
 
 def test_strangers_share_cell_and_repetition_and_nothing_else(experiment):
-    train, cells = experiment.train, experiment.cells(experiment.train)
+    cells = experiment.cells(experiment.train)
     chosen = np.repeat(np.arange(0, 120, 3), np.arange(40) % 4 + 1)
     other = experiment.strangers(chosen, 1)
     assert (cells[other] == cells[chosen]).all() and len(np.unique(other)) == 40
