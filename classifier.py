@@ -46,7 +46,7 @@ class ResNet(nn.Module):
     blocks: basic blocks in each layer, (2, 2, 2, 2) is ResNet-18; width doubles from layer to
     layer. stem: "large" is the published 7x7 stride-2 convolution, without its max-pooling below
     128 pixels, where too little would be left; "small" a 3x3 stride-2 one for 32 pixels: stride 1
-    costs four times the work for the same accuracy there (README).
+    would cost four times the work.
     noise_levels: 0 for a student; T for a guide, which is then called with t.
     """
 
