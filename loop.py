@@ -12,7 +12,6 @@ import argparse
 import csv
 import io
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -226,12 +225,13 @@ class Experiment:
         return real.extend(added), np.concatenate(
             [(1 - share) * weights, share * classifier.balanced_weights(added.labels)])
 
-    def out_of_fold(self, students: list[classifier.ResNet]) -> np.ndarray:
-        """Every training image's class probabilities by the student that never saw its lesion."""
-        probs = np.zeros((len(self.train), len(self.train.class_names)), np.float32)
+    def out_of_fold(self, students: list[classifier.ResNet], images: np.ndarray,
+                    folds: np.ndarray) -> np.ndarray:
+        """Every image's class probabilities by the student that never saw its lesion. folds: (N,)
+        the fold of the image, or of a child's parent."""
+        probs = np.zeros((len(images), len(self.train.class_names)), np.float32)
         for k, student in enumerate(students):
-            fold = np.flatnonzero(self.train.folds == k)
-            probs[fold] = self.predict(student, self.train.images[fold])
+            probs[folds == k] = self.predict(student, images[folds == k])
         return probs
 
     def mine(self, images: ImageSet, probs: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -371,13 +371,17 @@ class Experiment:
         groups = np.where(made.targets[index] < 0, parents.groups, made.targets[index])
         return replace(parents, images=made.images[index], groups=groups)
 
+    def wanted(self) -> int:
+        """How many synthetic images a round is to add."""
+        return max(1, round(self.config.loop.added * len(self.train)))
+
     def round(self, number: int, synthetic: ImageSet | None) -> dict:
         """Cross-fit, mine, synthesise, filter. Returns the candidates and the ledger's entry."""
         self.students = self.cross_fit(number, synthetic)
-        probs = self.out_of_fold(self.students)
+        probs = self.out_of_fold(self.students, self.train.images, self.train.folds)
         if number == 1:
             self.first_students, self.first_probs = self.students, probs
-        wanted = max(1, round(self.config.loop.added * len(self.train)))
+        wanted = self.wanted()
         count = round(wanted * self.config.loop.surplus)
 
         def choose():
@@ -387,10 +391,8 @@ class Experiment:
                                self.seed("synthesis", number), choose)
         index = np.flatnonzero(made.fate == 0)[:wanted]
         self.write_synthetic(number, made, index)
-        margin, folds = margins(probs, self.train.labels), self.train.folds[made.parents]
-        votes = np.zeros((len(made.images), probs.shape[1]), np.float32)
-        for k, student in enumerate(self.students):     # as the parents: by who never saw either
-            votes[folds == k] = self.predict(student, made.images[folds == k])
+        margin = margins(probs, self.train.labels)
+        votes = self.out_of_fold(self.students, made.images, self.train.folds[made.parents])
         wrong = margins(votes, self.train.labels[made.parents]) < 0
         entry = {"round": number, "hard": int((margin < self.config.loop.margin).sum()),
                  "wrong": int((margin < 0).sum()), "parents": len(np.unique(made.parents)),
@@ -441,7 +443,7 @@ class Experiment:
         together = np.all([self.made[arm].fate == 0 for arm in matched], axis=0)
         passed = {arm: together if arm in matched else made.fate == 0
                   for arm, made in self.made.items()}
-        wanted = max(1, round(self.config.loop.added * len(self.train))) * len(rounds)
+        wanted = self.wanted() * len(rounds)
         count = min(wanted, *(int(of.sum()) for of in passed.values()))
         if count == 0:
             empty = [arm for arm, of in passed.items() if not of.any()]
@@ -571,10 +573,9 @@ class Experiment:
     def finish(self, rounds: list[dict], added: dict, predictions: dict, quality: dict) -> None:
         """Predictions, results, pictures and report."""
         folder, c = self.run.folder, self.config
-        buffer = folder / "predictions.npz.tmp"
-        with open(buffer, "wb") as file:
-            np.savez_compressed(file, **predictions)
-        os.replace(buffer, folder / "predictions.npz")
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **predictions)
+        write_bytes(folder / "predictions.npz", buffer.getvalue())
         results = {"format": 1, "name": folder.name, "config": c.as_dict(),
                    "environment": environment(self.device, self.bf16),
                    "splits": {name: data.counts(s) for name, s in self.splits.items()},
@@ -624,8 +625,9 @@ class Experiment:
         self.picture("types", lambda: self.every_type(margin))
         self.picture("guided", lambda: self.unguided_beside_guided(made))
         self.picture("composition", self.composition)
-        self.picture("neighbours", lambda: pictures.neighbours(
-            train, made.images, *self.nearest(made.images)))
+        closest = made.images[np.argsort(made.distance, kind="stable")[:16]]
+        self.picture("neighbours", lambda: pictures.neighbours(train, closest,
+                                                               *self.nearest(closest)))
         if "guided" in self.arms:
             real, guided = (evaluate.vote(predictions[f"test_probs_{a}"])
                             for a in ("real", "guided"))

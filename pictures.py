@@ -74,12 +74,11 @@ def grid(train: ImageSet, images: np.ndarray, groups: int) -> Image.Image:
     return contact_sheet(images, captions, groups, zoom(images), None, list(train.class_names))
 
 
-def neighbours(train: ImageSet, images: np.ndarray, distance: np.ndarray, nearest: np.ndarray,
-               count: int = 16) -> Image.Image:
-    """The synthetic images closest to a training image, each with that image on its right."""
-    chosen = np.argsort(distance, kind="stable")[:count]
-    pairs = np.stack([images[chosen], train.images[nearest[chosen]]], 1)
-    captions = [text for i in chosen for text in (f"distance {distance[i]:.1f}", "nearest real")]
+def neighbours(train: ImageSet, images: np.ndarray, distance: np.ndarray,
+               nearest: np.ndarray) -> Image.Image:
+    """Synthetic images, each with the training image nearest to it on its right."""
+    pairs = np.stack([images, train.images[nearest]], 1)
+    captions = [text for d in distance for text in (f"distance {d:.1f}", "nearest real")]
     return contact_sheet(pairs.reshape(-1, *images.shape[1:]), captions, 8, zoom(images))
 
 

@@ -143,7 +143,7 @@ def test_no_student_judges_what_it_or_its_child_has_seen(experiment, monkeypatch
     experiment.jitter, train = 0.1, experiment.train
     children = train.subset(np.arange(0, len(train), 3))
     students = experiment.cross_fit(1, children)
-    probs = experiment.out_of_fold(students)
+    probs = experiment.out_of_fold(students, train.images, train.folds)
     for i in range(len(train)):
         student = f"crossfit_1_{int(probs[i, 0])}"
         assert train.lesions[i] not in seen[student]
