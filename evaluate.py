@@ -21,7 +21,7 @@ import numpy as np
 
 SHORT = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "auroc_malignant")
 # what gets intervals and paired differences
-COMPARED = SHORT + ("auroc", "ece", "sensitivity_at_90", "sensitivity_at_95")
+COMPARED = SHORT + ("auroc", "auprc", "ece", "sensitivity_at_90", "sensitivity_at_95")
 THRESHOLDS = {"sensitivity_at_90": 0.90, "sensitivity_at_95": 0.95}  # name: specificity on val
 
 
@@ -59,18 +59,24 @@ def auroc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray | None =
     return float(area[0]) if weights is None else area
 
 
-def auprc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Average precision: sum over thresholds of (recall step) * precision, ties as one threshold.
+def auprc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray | None = None):
+    """Average precision: the mean over positives of the precision at that positive's own score.
 
-    scores: (N,); positive: (N,) bool. Returns a float in 0..1; nan without positives.
+    The same as the sum over thresholds of (recall step) * precision, ties as one threshold.
+    Arguments and result as in `auroc`; nan without positives.
     """
-    if not positive.any():
-        return float("nan")
-    order = np.argsort(-scores, kind="stable")
-    last = np.append(np.diff(scores[order]) != 0, True)  # the last image of each run of ties
-    hits = np.cumsum(positive[order])[last]
-    taken = np.flatnonzero(last) + 1
-    return float((np.diff(hits, prepend=0) * hits / taken).sum() / positive.sum())
+    counts = np.ones((len(scores), 1)) if weights is None else weights
+
+    def at_least(which):    # weight of the images `which` that score as high as each positive
+        order = np.argsort(scores[which])
+        below = np.zeros((len(order) + 1, counts.shape[1]))
+        np.cumsum(counts[which][order], axis=0, out=below[1:])
+        return below[-1] - below[np.searchsorted(scores[which][order], scores[positive])]
+    hits, ours = at_least(positive), counts[positive]
+    taken = np.maximum(hits + at_least(~positive), 1)       # 0 only where the positive counts 0
+    with np.errstate(invalid="ignore"):
+        precision = (ours * hits / taken).sum(0) / ours.sum(0)
+    return float(precision[0]) if weights is None else precision
 
 
 def expected_calibration_error(probs: np.ndarray, labels: np.ndarray, bins: int = 15,
@@ -108,8 +114,8 @@ def cell_sizes(labels: np.ndarray, malignant: np.ndarray, lesions: np.ndarray) -
     n, n_sick, n_well = (len(np.unique(lesions[m])) for m in (sick | True, sick, ~sick))
     # A mean over classes is no better known than its rarest class that occurs.
     rarest = min((len(np.unique(lesions[labels == c])) for c in np.unique(labels)), default=0)
-    return {"accuracy": n, "balanced_accuracy": rarest, "auroc": rarest, "ece": n,
-            "sensitivity": n_sick, "specificity": n_well, "auroc_malignant": min(n_sick, n_well),
+    return {"accuracy": n, "balanced_accuracy": rarest, "ece": n,
+            "auroc": rarest, "auprc": rarest, "sensitivity": n_sick, "specificity": n_well, "auroc_malignant": min(n_sick, n_well),
             "sensitivity_at_90": n_sick, "sensitivity_at_95": n_sick}
 
 
@@ -242,16 +248,19 @@ def tables(probs: np.ndarray, labels: np.ndarray, malignant: np.ndarray, thresho
     recalls = np.stack([share(guess == c, labels == c) for c in range(probs.shape[-1])])
     with np.errstate(invalid="ignore"):  # classes without members are left out of the means
         balanced = np.nansum(recalls, 0) / np.isfinite(recalls).sum(0)
-        areas = np.array([[auroc(p[:, c], labels == c, weights) for p in probs]
-                          for c in np.unique(labels)])                          # (C, R, D)
-        areas = np.nansum(areas, 0) / np.isfinite(areas).sum(0)
+
+        def mean_area(area):
+            found = np.array([[area(p[:, c], labels == c, weights) for p in probs]
+                              for c in np.unique(labels)])                      # (C, R, D)
+            return np.nansum(found, 0) / np.isfinite(found).sum(0)
+        areas, precisions = mean_area(auroc), mean_area(auprc)
     ece = np.stack([expected_calibration_error(p, labels, weights=weights) for p in probs])
 
     def above(name):  # sensitivity at the threshold that val gave each seed
         cut = np.array([[t.get(name)] for t in thresholds], float)                      # (R, 1)
         return np.where(np.isfinite(cut), share(p_malignant > cut, sick), np.nan)
 
-    return {"auroc": areas, "ece": ece, "balanced_accuracy": balanced,
+    return {"auroc": areas, "auprc": precisions, "ece": ece, "balanced_accuracy": balanced,
             "accuracy": share(guess == labels, sick | True),
             "sensitivity": share(malignant[guess], sick),
             "specificity": share(~malignant[guess], ~sick),
@@ -429,6 +438,17 @@ def draw_tables(p, arm: str, thresholds, subsets, weights, min_count: int) -> di
             drawn = tables(probs, labels, p["malignant"], thresholds, weights[mask])
         found[name] = {metric: table if sizes[metric] >= max(min_count, 1) else None
                        for metric, table in drawn.items()}
+    probs, lesions = p[f"test_probs_{arm}"], p["test_lesions"]
+    for c, name in enumerate(p["class_names"]):         # each class against the rest
+        of = p["test_labels"] == c
+        n, rest = (len(np.unique(lesions[m])) for m in (of, ~of))
+        with np.errstate(invalid="ignore"):
+            recall = (probs[:, of].argmax(-1) == c).astype(float) @ weights[of] / weights[of].sum(0)
+        areas = {k: np.stack([area(r[:, c], of, weights) for r in probs])
+                 for k, area in (("auroc", auroc), ("auprc", auprc))}
+        found[f"class:{name}"] = {
+            k: table if min(n, n if k == "recall" else rest) >= max(min_count, 1) else None
+            for k, table in {"recall": recall, **areas}.items()}
     return found
 
 
@@ -491,7 +511,9 @@ def score(predictions, *, min_count: int = 10, draws: int = 2000, seed: int = 0)
         entry = {"optimistic": optimistic, "seeds": seeds,
                  "test": {k: here[k] for k in ("all", "hard", "worst_group") if k in here},
                  "confusion": confusion.reshape(classes, classes).tolist(),
-                 "per_group": {}, "per_subtype": {}}
+                 "per_group": {}, "per_subtype": {},
+                 "per_class": {str(name): {"n": int((labels == c).sum())} | here[f"class:{name}"]
+                               for c, name in enumerate(p["class_names"])}}
         if "real" in p["arms"]:
             cases = mended_and_broken(vote(p["test_probs_real"]), votes, labels)
             entry |= {"mended": len(cases[0]), "broken": len(cases[1])}

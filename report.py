@@ -210,22 +210,15 @@ def by_subtype(results):
 
 
 def by_class(results):
-    """One against the rest, before and after: means over the seeds."""
-    rows = {}
-    for arm in chosen(results):
-        for seed in results["arms"][arm].get("seeds", []):
-            for name, found in ((seed.get("test") or {}).get("per_class") or {}).items():
-                row = rows.setdefault(name, {"n": found.get("n", 0)})
-                for k in ("recall", "auroc", "auprc"):
-                    row.setdefault((arm, k), []).append(found.get(k))
-    columns = [(arm, k) for arm in chosen(results) for k in ("recall", "auroc", "auprc")]
-    return [("p", "Each class against the rest, in percent: means over the seeds."),
+    """One against the rest, before and after."""
+    found = {arm: results["arms"][arm].get("per_class") or {} for arm in chosen(results)}
+    columns = [(arm, k) for arm in found for k in ("recall", "auroc", "auprc")]
+    rows = [[name, str(row.get("n", 0)), *(interval(found[arm].get(name, {}).get(k))
+                                           for arm, k in columns)]
+            for name, row in next(iter(found.values()), {}).items()]
+    return [("p", "Each class against the rest, in percent."),
             table(results, "", ["class", "n", *(f"{k if k == 'recall' else k.upper()}, {arm}"
-                                                for arm, k in columns)],
-                  [[name, str(row["n"]), *(TOO_SMALL if None in row.get(c, [None]) else
-                                           interval({"value": float(np.mean(row[c]))})
-                                           for c in columns)] for name, row in rows.items()])
-            ] if rows else []
+                                                for arm, k in columns)], rows)] if rows else []
 
 
 def roc(results, predictions):

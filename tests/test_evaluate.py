@@ -118,13 +118,14 @@ def test_auroc_is_the_share_of_pairs_won_with_ties_as_half():
     assert math.isnan(ev.auroc(scores, np.ones(90, bool)))
 
 
-def test_weighted_auroc_is_the_auroc_of_repeated_data():
+@pytest.mark.parametrize("area", [ev.auroc, ev.auprc])
+def test_a_weighted_area_is_that_of_repeated_data(area):
     rng = np.random.default_rng(2)
     scores, positive = rng.integers(0, 10, 60) / 10, rng.random(60) < 0.5
     weights = rng.integers(0, 4, (60, 25))
-    for column, area in zip(weights.T, ev.auroc(scores, positive, weights.astype(float))):
-        assert area == pytest.approx(ev.auroc(np.repeat(scores, column),
-                                              np.repeat(positive, column)), abs=1e-12)
+    for column, found in zip(weights.T, area(scores, positive, weights.astype(float))):
+        assert found == pytest.approx(area(np.repeat(scores, column),
+                                           np.repeat(positive, column)), abs=1e-12)
 
 
 def test_auprc_is_the_sum_over_thresholds():
@@ -411,6 +412,18 @@ def test_score_takes_any_arms(arms, seeds, groups, subtypes):
     assert ("worst_group" in s["arms"][arms[0]]["test"]) == (groups > 0)
     assert ("mended" in s["arms"][arms[-1]]) == ("real" in arms)
     assert isinstance(s["verdict"], str)
+
+
+def test_every_class_has_its_interval():
+    p = predictions(n=200)
+    s = ev.score(p, draws=50)["arms"]["guided"]
+    for name, cell in s["per_class"].items():
+        for key in ("recall", "auroc", "auprc"):
+            assert cell[key]["low"] <= cell[key]["value"] <= cell[key]["high"]
+            seeds = [seed["test"]["per_class"][name][key] for seed in s["seeds"]]
+            assert cell[key]["value"] == pytest.approx(np.mean(seeds))
+    assert s["test"]["all"]["auprc"]["value"] == pytest.approx(
+        np.mean([cell["auprc"]["value"] for cell in s["per_class"].values()]))
 
 
 def test_small_cells_have_no_interval():
