@@ -115,7 +115,8 @@ def cell_sizes(labels: np.ndarray, malignant: np.ndarray, lesions: np.ndarray) -
     # A mean over classes is no better known than its rarest class that occurs.
     rarest = min((len(np.unique(lesions[labels == c])) for c in np.unique(labels)), default=0)
     return {"accuracy": n, "balanced_accuracy": rarest, "ece": n,
-            "auroc": rarest, "auprc": rarest, "sensitivity": n_sick, "specificity": n_well, "auroc_malignant": min(n_sick, n_well),
+            "auroc": rarest, "auprc": rarest, "sensitivity": n_sick,
+            "specificity": n_well, "auroc_malignant": min(n_sick, n_well),
             "sensitivity_at_90": n_sick, "sensitivity_at_95": n_sick}
 
 
