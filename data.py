@@ -156,11 +156,21 @@ def load_oracle(size: int, seed: int, count: int) -> ImageSet:
     return _phantom_set("oracle", count, size, seed, 3, phantom.EVEN)
 
 
+def load_counterfactuals(size: int, seed: int, train: int, index, groups, **kind) -> np.ndarray:
+    """Images `index` of load_phantom's train set as a perfect generator would carry them to
+    `groups`, both (N,) int: uint8 (N, 3, size, size). kind: shot, new_view of phantom.carry."""
+    return phantom.carry(train, size, _stream_seed(seed, 0), index, groups, **kind)
+
+
+def _stream_seed(seed: int, stream: int) -> int:
+    """The seed of the phantom's draw number `stream`."""
+    return int(np.random.SeedSequence(seed).spawn(stream + 1)[stream].generate_state(1)[0])
+
+
 def _phantom_set(name: str, count: int, size: int, seed: int, stream: int, weights) -> ImageSet:
     """`count` phantom images from random stream number `stream` of the seed."""
-    stream = np.random.SeedSequence(seed).spawn(stream + 1)[stream]
     try:
-        drawn = phantom.draw(count, size, int(stream.generate_state(1)[0]), weights)
+        drawn = phantom.draw(count, size, _stream_seed(seed, stream), weights)
     except ValueError as error:
         raise DataError(f"data.{name} {count}, data.size {size}: {error}") from None
     return ImageSet(

@@ -570,6 +570,28 @@ class Experiment:
             found[arm] = row
         return found
 
+    def beside_the_truth(self) -> dict:
+        """How far each arm's counterfactuals lie from the phantom's own picture of the same lesion
+        on the other skin, in grey levels: medians of the root mean square, the filtered included.
+
+        The floor is a second picture by the phantom: new skin of that type, new sensor noise.
+        """
+        c, made = self.config.data, self.made.get("guided")
+        if c.kind != "phantom" or made is None or self.config.guidance.start != "counterfactual":
+            return {}
+
+        def off(images, truth):
+            apart = np.square(images.astype(np.float32) - truth).mean((1, 2, 3))
+            return {"n": len(images), "grey_levels": float(np.median(np.sqrt(apart)))}
+
+        def truth(of, shot=0):
+            return data.load_counterfactuals(c.size, c.seed, c.train, of.parents, of.targets,
+                                             shot=shot)
+        found = {arm: off(of.images, truth(of)) for arm, of in self.made.items()
+                 if arm in ("guided", "random", "recolour")}
+        return found | {"the parent itself": off(self.train.images[made.parents], truth(made)),
+                        "floor": off(truth(made, shot=1), truth(made))}
+
     def finish(self, rounds: list[dict], added: dict, predictions: dict, quality: dict) -> None:
         """Predictions, results, pictures and report."""
         folder, c = self.run.folder, self.config
@@ -584,6 +606,7 @@ class Experiment:
                    **evaluate.score(predictions, min_count=c.evaluate.min_count,
                                     draws=c.evaluate.draws),
                    "rounds": [r["entry"] for r in rounds], "generator": quality,
+                   "counterfactuals": self.beside_the_truth(),
                    "filter": {arm: {"candidates": len(made.fate)} | {
                        fate: int((made.fate == i).sum()) for i, fate in enumerate(FATES)}
                        for arm, made in self.made.items()},

@@ -89,30 +89,60 @@ def draw(count: int, size: int, seed: int, group_weights=COLLECTION,
     into CLASS_NAMES, GROUP_NAMES, SUBTYPE_NAMES; lesions (N,) strings such as "L7_00012", seed
     first. Raises ValueError for a count below 1, another size, or weights that are none.
     """
+    lesion_of, p = _parameters(count, seed, group_weights, class_weights)
+    names = np.array([f"L{seed}_{i:05d}" for i in lesion_of])
+    return {"images": _photograph(p, size, np.random.default_rng([seed, 2])), "lesions": names,
+            **{k: p[k] for k in ("labels", "groups", "subtypes")}}
+
+
+def carry(count: int, size: int, seed: int, index, groups, *, shot: int = 0,
+          new_view: bool = False, group_weights=COLLECTION,
+          class_weights=LONG_TAIL) -> np.ndarray:
+    """Pictures `index` of draw(count, size, seed) as they were on skin of other types: the truth
+    that a counterfactual is after, and what a perfect generator would make of a parent.
+
+    The lesion keeps all but what skin does to it (nevi are darker on darker skin). Skin and sensor
+    noise are drawn anew, with `new_view` pose, hairs and light too, by random stream `shot`.
+    index, groups: (N,) int. Returns uint8 (N, 3, size, size).
+    """
+    _, p = _parameters(count, seed, group_weights, class_weights)
+    p = {k: a[index] for k, a in p.items()}
+    rng = np.random.default_rng([seed, 3 + shot])
+    own, p["groups"] = p["groups"], np.asarray(groups)
+    fresh = _draw_lesions(rng, p["labels"], p["groups"], p["subtypes"])
+    p |= {k: fresh[k] for k in ("skin_melanin", "skin_net", "skin_blood", "freckles")}
+    darker = _melanin(p["subtypes"], p["groups"]) / _melanin(p["subtypes"], own)
+    p["melanin"] = (p["melanin"] * darker).astype(np.float32)
+    if new_view:
+        p |= _draw_views(rng, p["groups"])
+    return _photograph(p, size, rng)
+
+
+def _parameters(count, seed, group_weights, class_weights):
+    """All that `count` pictures show: the lesion on each, (N,), and a dict of arrays (N, ...)."""
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    if not 16 <= size <= 128:
-        raise ValueError(f"size must be 16 to 128 pixels, got {size}")
     group_p = _probabilities("group_weights", group_weights, len(GROUP_NAMES))
     class_p = _probabilities("class_weights", class_weights, len(CLASS_NAMES))
-    lesion_rng, view_rng, noise_rng = (np.random.default_rng([seed, k]) for k in range(3))
-
+    lesion_rng, view_rng = (np.random.default_rng([seed, k]) for k in range(2))
     views = 1 + (lesion_rng.random(count) < .25)
-    lesion_of = np.repeat(np.arange(count), views)[:count]      # (N,) the lesion on each picture
+    lesion_of = np.repeat(np.arange(count), views)[:count]
     truth = _draw_truth(lesion_rng, lesion_of[-1] + 1, group_p, class_p)
-    lesion = {k: a[lesion_of] for k, a in {**truth, **_draw_lesions(lesion_rng, **truth)}.items()}
-    view = _draw_views(view_rng, lesion["groups"])
+    p = {k: a[lesion_of] for k, a in {**truth, **_draw_lesions(lesion_rng, **truth)}.items()}
+    return lesion_of, p | _draw_views(view_rng, p["groups"])
 
-    images = np.empty((count, 3, size, size), np.uint8)
+
+def _photograph(p, size, noise_rng):
+    """Paint and develop everything in p, a few pictures at a time: uint8 (N, 3, size, size)."""
+    if not 16 <= size <= 128:
+        raise ValueError(f"size must be 16 to 128 pixels, got {size}")
+    images = np.empty((len(p["labels"]), 3, size, size), np.uint8)
     fine = size * (2 if size <= 64 else 1)                      # painted finer, then averaged
     step = max(1, CHUNK // fine ** 2)
-    for i in range(0, count, step):
-        part = slice(i, i + step)
-        p = {k: a[part] for k, a in {**lesion, **view}.items()}
-        images[part] = _develop(_paint(p, fine), p, size, noise_rng)
-    names = np.array([f"L{seed}_{i:05d}" for i in lesion_of])
-    return {"images": images, "lesions": names,
-            **{k: lesion[k] for k in ("labels", "groups", "subtypes")}}
+    for i in range(0, len(images), step):
+        part = {k: a[i:i + step] for k, a in p.items()}
+        images[i:i + step] = _develop(_paint(part, fine), part, size, noise_rng)
+    return images
 
 
 def _probabilities(name, weights, n):
@@ -136,17 +166,14 @@ def _draw_truth(rng, n, group_p, class_p):
 
 def _draw_lesions(rng, labels, groups, subtypes):
     """The parameters of n lesions and the skin below them, a dict of float32 arrays (n, ...)."""
-    n = len(labels)
+    n, dark = len(labels), groups / 5
     r = dict(zip(COLUMNS, RECIPES[subtypes].T))
-    dark = groups / 5
     spread = lambda sigma, *shape: np.exp(sigma * rng.standard_normal((n, *shape)))     # around 1
     atypia = rng.beta(7 * r["atypia"], 7 * (1 - r["atypia"]))    # wide: some nevi look worse than
     p = {"atypia": atypia}                                       # some melanomas
     p["radius"] = r["radius"] * spread(.18)
     p["sharp"] = np.clip(r["sharp"] * spread(.3), .1, 1)
-    # Nevi are darker on darker skin (Zalaudek et al. 2007); Spitz nevi pink on light, dark on dark.
-    melanin = r["melanin"] * (1 + .9 * dark) + np.where(subtypes == SPITZ, .9 * dark, 0)
-    p["melanin"] = melanin * spread(.30)
+    p["melanin"] = _melanin(subtypes, groups) * spread(.30)
     p["blood"], p["bleach"] = r["blood"] * spread(.35), r["bleach"] * spread(.3)
     for name in COLUMNS[6:]:
         # What marks a melanoma's disorder shows up more often the more atypical a lesion is.
@@ -178,6 +205,14 @@ def _draw_lesions(rng, labels, groups, subtypes):
     p["skin_blood"] = SKIN_BLOOD[groups] * spread(.25)
     p["freckles"] = (rng.random(n) < SKIN_FRECKLES[groups]) * rng.uniform(.3, .8, n)
     return {name: np.asarray(a, np.float32) for name, a in p.items()}
+
+
+def _melanin(subtypes, groups):
+    """A lesion's mean melanin: nevi are darker on darker skin (Zalaudek et al. 2007), Spitz nevi
+    pink on light, dark on dark."""
+    dark = groups / 5
+    return (RECIPES[subtypes, COLUMNS.index("melanin")] * (1 + .9 * dark)
+            + np.where(subtypes == SPITZ, .9 * dark, 0))
 
 
 def _draw_trees(rng, n, radius):

@@ -331,6 +331,12 @@ def generator(results):
                     "of the same classes and groups (n); the column of real images is the floor. "
                     "Distances to the nearest training image are in grey levels, medians.")
         yield sheet(results, results["generator"])
+    if results.get("counterfactuals"):
+        yield "p", ("Counterfactuals beside the truth: how far an image lies from the phantom's own "
+                    "picture of the same lesion on the asked skin, in grey levels (median of the "
+                    "root mean square; n images, the filtered ones too). The floor is a second "
+                    "picture by the phantom.")
+        yield sheet(results, results["counterfactuals"])
 
 
 def sheet(results, columns, caption=""):
