@@ -113,6 +113,31 @@ def lines(series, title: str, x_axis: str, y_axis: str) -> str:
     return svg(foot + 40, title, said, [legend, *parts])
 
 
+def gains(series, title: str, x_axis: str, y_axis: str) -> str:
+    """Differences with their intervals over a logarithmic width, a line at zero.
+
+    series: [(name, [(x, value, low, high), ...])]; what shares an x stands side by side.
+    """
+    legend, top = key([name for name, _ in series])
+    xs = sorted({row[0] for _, rows in series for row in rows})
+    ends = [0.0, *(v for _, rows in series for row in rows for v in row[1:])]
+    heights = ticks(min(ends), max(ends))
+    left, foot = max(len(f"{v:g}") for v in heights) * LETTER + 26, top + 300
+    x_log = scale(math.log(xs[0]), math.log(xs[-1]), left + 30, WIDTH - 40)
+    y_of = scale(heights[0], heights[-1], foot, top + 4)
+    parts = axes(lambda v: x_log(math.log(v)), y_of, xs, heights, (left, WIDTH - 8, top, foot),
+                 x_axis, y_axis) + [rule(left, y_of(0), WIDTH - 8, y_of(0), opacity=0.8)]
+    said = []
+    for i, (name, rows) in enumerate(series):
+        aside = 7 * (i - (len(series) - 1) / 2)
+        points = [(x_log(math.log(x)) + aside, *map(y_of, row)) for x, *row in rows]
+        parts += [path([(x, y) for x, y, _, _ in points], i, 1.2, 0.5),
+                  *(rule(x, low, x, high, colour(i), 2) + f'<circle cx="{x}" cy="{y}" r="3.5" '
+                    f'fill="{colour(i)}"/>' for x, y, low, high in points)]
+        said.append(f"{name}: " + ", ".join(f"{row[0]:g} {signed(row[1])}" for row in rows))
+    return svg(foot + 40, title, "; ".join(said), [legend, *parts])
+
+
 def roc(curves, title: str) -> str:
     """Sensitivity over 1 - specificity.
 

@@ -332,9 +332,9 @@ def generator(results):
                     "Distances to the nearest training image are in grey levels, medians.")
         yield sheet(results, results["generator"])
     if results.get("counterfactuals"):
-        yield "p", ("Counterfactuals beside the truth: how far an image lies from the phantom's own "
-                    "picture of the same lesion on the asked skin, in grey levels (median of the "
-                    "root mean square; n images, the filtered ones too). The floor is a second "
+        yield "p", ("Counterfactuals beside the truth: how far an image lies from the phantom's "
+                    "own picture of the same lesion on the asked skin, in grey levels (median of "
+                    "the root mean square; n images, the filtered ones too). The floor is a second "
                     "picture by the phantom.")
         yield sheet(results, results["counterfactuals"])
 
