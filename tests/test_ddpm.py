@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import ddpm
 from ddpm import (EMA, Noise, Schedule, ddim_step, ddim_times, invert_ddim, sample_ddim,
-                  sample_ddpm)
+                  sample_ddpm, sample_dpm)
 from oracle import Gaussian, paper_abar
 from unet import UNet
 
@@ -204,7 +204,7 @@ def ddim_moves(oracle, times, eta):
 
 
 def even_times(steps, last):
-    return [int(t) for t in np.round(np.linspace(last, 0, steps))] + [-1]
+    return [int(t) for t in np.round(np.linspace(last, -1, steps + 1))]
 
 
 @pytest.mark.parametrize("T, kind", [(50, "cosine"), (30, "linear")])
@@ -242,6 +242,36 @@ def test_the_law_reaches_the_data_as_steps_grow(sampler):
         offset, gains = recursion(moves)
         errors.append(abs(math.sqrt((gains ** 2).sum()) / oracle.s - 1))
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.02
+
+
+def exact_flow(oracle, x, t, u):
+    """The ODE solved: every pixel keeps its place in units of the law's spread at each level."""
+    (a, sd), (b, sd_u) = ((math.sqrt(oracle.abar[i + 1]),
+                           math.sqrt(oracle.abar[i + 1] * oracle.s ** 2 + 1 - oracle.abar[i + 1]))
+                          for i in (t, u))
+    return (x - a * oracle.m) / sd * sd_u + b * oracle.m
+
+
+def test_samplers_converge_on_the_exact_flow_each_at_its_order(monkeypatch):
+    T, start = 20_000, 16_000           # so many levels that the strides are even
+    oracle, schedule, x = Gaussian(T), Schedule(T), normal(4, 1, 2, 2)
+
+    def errors(sample, end):
+        found = [sample(oracle, schedule, x, steps, start=start, clip=None)
+                 for steps in (20, 40, 80, 160)]
+        wanted = exact_flow(oracle, x, start, end)
+        return np.array([(f - wanted).abs().max().item() for f in found])
+    # To the clean image: the last stride ends where lambda is infinite, and is of first order.
+    ddim, dpm = errors(sample_ddim, -1), errors(sample_dpm, -1)
+    assert (dpm < ddim / 5).all() and ddim[-1] < 0.02
+    monkeypatch.setattr(ddpm, "ddim_times", lambda steps, last: [
+        round(t) for t in np.linspace(last, 2_000, steps + 1)])
+    ddim, dpm = errors(sample_ddim, 2_000), errors(sample_dpm, 2_000)
+    assert np.allclose(ddim[:-1] / ddim[1:], 2, atol=0.2)
+    assert np.allclose(dpm[:-1] / dpm[1:], 4, atol=0.4)
+    ancestral = Gaussian(400)           # and DDPM's law, which is no flow, reaches the same spread
+    _, gains = recursion(ddpm_moves(ancestral, 400))
+    assert math.isclose(math.sqrt((gains ** 2).sum()), ancestral.s, rel_tol=0.02)
 
 
 def curved(x_t, t):
@@ -311,9 +341,8 @@ def test_ddim_times_by_brute_force():
             assert len(times) == steps + 1 and times[0] == last and times[-1] == -1
             assert all(type(t) is int for t in times)
             assert all(a > b for a, b in zip(times, times[1:]))
-            assert steps == 1 or times[-2] == 0
-            gaps = -np.diff(times[:-1])
-            assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
+            gaps = -np.diff(times)
+            assert gaps.max() - gaps.min() <= 1
         for steps in (-1, 0, last + 2):
             with pytest.raises(ValueError, match="do not fit"):
                 ddim_times(steps, last)

@@ -373,7 +373,7 @@ def test_a_counterfactual_climbs_under_own_and_descends_under_wanted(depth, step
             return Gaussian(T)(x_t, t)
         return eps_model
     counterfactual(model("own"), model("wanted"), Schedule(T), normal(2, 3, 4, 4), depth, steps)
-    down = [round(v) for v in np.linspace(end, 0, steps)]
+    down = [round(v) for v in np.linspace(end, -1, steps + 1)][:-1]
     assert seen["wanted"] == down
     assert seen["own"] == [0] + down[:0:-1]                      # the level each step leaves
 
@@ -383,7 +383,7 @@ def test_variation_is_q_sample_and_then_the_sampler(strength, start):
     """Its three coefficients (offset, of x0, of the noise) against the closed recursion."""
     oracle, steps = Gaussian(T), 10
     slope, offset = 1.0, 0.0
-    times = [round(v) for v in np.linspace(start, 0, steps)] + [-1]
+    times = [round(v) for v in np.linspace(start, -1, steps + 1)]
     for t, u in zip(times, times[1:]):
         a, b = oracle.abar[t + 1], oracle.abar[u + 1]
         k, c = oracle.line(t)
