@@ -1,10 +1,12 @@
 """A residual network, used twice: the `student` that diagnoses clean images, and the `guide` that
 recognises a class in a noisy image x_t, knowing its noise level t, so that its gradient can steer.
 
-Sources: He et al. 2016 (arXiv 1512.03385), basic blocks, attribute names as in the well-known
-implementations; Dhariwal & Nichol 2021 (arXiv 2105.05233), section 4: a classifier of noisy images.
+Sources: He et al. 2016 (arXiv 1512.03385), blocks and bottlenecks, attribute names as in the
+well-known implementations; Dhariwal & Nichol 2021 (arXiv 2105.05233), section 4: a classifier of
+noisy images.
 
     python classifier.py --config config.yaml   train one student on the config's data and score it
+    python classifier.py --predict DIR --checkpoint runs/NAME    a run's students on your own images
 """
 import math
 from collections.abc import Callable
@@ -16,61 +18,76 @@ from torch import Tensor, nn
 
 from training import fit, random_turn, to_float
 
+# mean and spread of the published networks' inputs in 0..1, by channel
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+PUBLISHED = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; a noise level, if given, shifts the features between."""
 
-    def __init__(self, channels: int, out: int, stride: int, condition: int):
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut; a noise level, if given, shifts the features between.
+
+    bottleneck: 1x1, 3x3 and 1x1 instead, the last four times as wide: He et al. 2016, figure 5.
+    """
+
+    def __init__(self, channels: int, width: int, stride: int, condition: int, bottleneck: bool):
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, out, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out)
-        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out)
+        plan = [(1, width), (3, width), (1, 4 * width)] if bottleneck else [(3, width)] * 2
+        self.count, before = len(plan), channels
+        for i, (kernel, out) in enumerate(plan, start=1):
+            # the stride is in the last convolution but one, where the published weights have it
+            self.add_module(f"conv{i}", nn.Conv2d(
+                before, out, kernel, stride=stride if i == self.count - 1 else 1,
+                padding=kernel // 2, bias=False))
+            self.add_module(f"bn{i}", nn.BatchNorm2d(out))
+            before = out
         self.downsample = None
         if stride != 1 or channels != out:
             self.downsample = nn.Sequential(nn.Conv2d(channels, out, 1, stride=stride, bias=False),
                                             nn.BatchNorm2d(out))
-        self.time = nn.Linear(condition, out) if condition else None
+        self.time = nn.Linear(condition, width) if condition else None
 
     def forward(self, x: Tensor, c: Tensor | None) -> Tensor:
-        h = self.bn1(self.conv1(x))                                   # (B, out, H/stride, W/stride)
+        h = self.bn1(self.conv1(x))                              # (B, width, H/stride, W/stride)
         if self.time is not None:
             h = h + self.time(c)[:, :, None, None]
         h = self.bn2(self.conv2(F.relu(h)))
+        if self.count == 3:
+            h = self.bn3(self.conv3(F.relu(h)))                           # (B, 4 width, ...)
         return F.relu(h + (x if self.downsample is None else self.downsample(x)))
 
 
 class ResNet(nn.Module):
     """Logits of `classes` from images (B, 3, S, S) in [-1, 1].
 
-    blocks: basic blocks in each layer, (2, 2, 2, 2) is ResNet-18; width doubles from layer to
-    layer. stem: "large" is the published 7x7 stride-2 convolution, without its max-pooling below
-    128 pixels, where too little would be left; "small" a 3x3 stride-2 one for 32 pixels: stride 1
-    would cost four times the work.
+    blocks: blocks in each layer, (2, 2, 2, 2) is ResNet-18; width doubles from layer to layer.
+    stem: "large" is the published 7x7 stride-2 convolution, without its max-pooling below 128
+    pixels, where too little would be left; "published" has it always, and ImageNet's normalisation
+    before it, as published weights need; "small" is a 3x3 stride-2 convolution for 32 pixels:
+    stride 1 would cost four times the work.
     noise_levels: 0 for a student; T for a guide, which is then called with t.
     """
 
     def __init__(self, classes: int, blocks: tuple[int, ...] = (2, 2, 2, 2), width: int = 64,
-                 stem: str = "large", noise_levels: int = 0):
+                 stem: str = "large", noise_levels: int = 0, bottleneck: bool = False):
         super().__init__()
         self.noise_levels, condition = noise_levels, 4 * width if noise_levels else 0
-        kernel = 7 if stem == "large" else 3
+        self.published, kernel = stem == "published", 3 if stem == "small" else 7
         self.conv1 = nn.Conv2d(3, width, kernel, stride=2, padding=kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.time = nn.Sequential(nn.Linear(width, condition), nn.SiLU()) if noise_levels else None
         channels, self.layers = width, []
         for i, count in enumerate(blocks):
             out = width * 2 ** i
-            layer = nn.ModuleList(BasicBlock(channels if j == 0 else out, out,
-                                             2 if i and j == 0 else 1, condition)
-                                  for j in range(count))
+            layer = nn.ModuleList()
+            for j in range(count):
+                layer.append(Block(channels, out, 2 if i and j == 0 else 1, condition, bottleneck))
+                channels = 4 * out if bottleneck else out
             self.add_module(f"layer{i + 1}", layer)
             self.layers.append(f"layer{i + 1}")
-            channels = out
         self.fc = nn.Linear(channels, classes)
 
     def features(self, x: Tensor, t: Tensor | None = None) -> Tensor:
-        """The pooled features before the last layer: (B, width * 2^(layers - 1)).
+        """The pooled features before the last layer: (B, channels of the last layer).
 
         t: (B,) int64 noise levels, for a guide and for none but a guide (ValueError).
         """
@@ -82,8 +99,11 @@ class ResNet(nn.Module):
             angle = (t.float() / self.noise_levels * math.pi / 2)[:, None]
             waves = angle * torch.arange(1, self.conv1.out_channels + 1, device=x.device)
             c = self.time(waves.cos())                                       # (B, 4 width)
+        if self.published:
+            mean, spread = torch.tensor(IMAGENET, device=x.device)[:, :, None, None]
+            x = ((x + 1) / 2 - mean) / spread
         h = F.relu(self.bn1(self.conv1(x)))                                  # (B, width, S/2, S/2)
-        if x.shape[-1] >= 128:
+        if self.published or x.shape[-1] >= 128:
             h = F.max_pool2d(h, 3, stride=2, padding=1)
         for name in self.layers:
             for block in getattr(self, name):
@@ -94,12 +114,43 @@ class ResNet(nn.Module):
         return self.fc(self.features(x, t))                                  # (B, classes)
 
 
-def build(network: str, size: int, classes: int, noise_levels: int = 0) -> ResNet:
-    """network: "resnet18", "small" (three layers of one block, from 32 channels) or "auto", which
-    is resnet18 at 64 pixels and above, where the small one has too little depth to see far."""
-    if network == "resnet18" or network == "auto" and size >= 64:
-        return ResNet(classes, noise_levels=noise_levels)
-    return ResNet(classes, (1, 1, 1), 32, "small", noise_levels)
+def build(network: str, size: int, classes: int, noise_levels: int = 0,
+          published: bool = False) -> ResNet:
+    """network: "resnet18", "resnet34", "resnet50", "small" (three layers of one block, from 32
+    channels) or "auto", which is resnet18 at 64 pixels and above, where the small one has too
+    little depth to see far. published: with the stem that published weights need."""
+    if network == "small" or network == "auto" and size < 64:
+        return ResNet(classes, (1, 1, 1), 32, "small", noise_levels)
+    network = "resnet18" if network == "auto" else network
+    return ResNet(classes, PUBLISHED[network], 64, "published" if published else "large",
+                  noise_levels, network == "resnet50")
+
+
+def load_weights(network: ResNet, path: str) -> None:
+    """Published ImageNet weights, a state dict under the well-known names, into a network of the
+    "published" stem. Its last layer stays its own, and so does what knows the noise level.
+
+    Raises ValueError, one line, for a file that is none or whose names or shapes differ.
+    """
+    try:
+        given = torch.load(path, map_location="cpu", weights_only=True)
+        found = {name: tuple(value.shape) for name, value in given.items()}
+    except Exception as error:      # torch raises its own mixture for foreign and damaged files
+        raise ValueError(f"{path} is no state dict "
+                         f"({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+
+    def compared(shapes):           # the counters of BatchNorm, absent from older files, do nothing
+        return {name: shape for name, shape in shapes.items() if not name.startswith("fc.")
+                and "time." not in name and not name.endswith("num_batches_tracked")}
+    own = network.state_dict()
+    wanted = compared({name: tuple(value.shape) for name, value in own.items()})
+    found = compared(found)
+    wrong = [f"{name} is {found.get(name, 'absent')}, wanted {wanted.get(name, 'none')}"
+             for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+    if wrong:
+        raise ValueError(f"{path}: {len(wrong)} keys differ from the network's: "
+                         + "; ".join(wrong[:5]) + "; ..." * (len(wrong) > 5))
+    network.load_state_dict({**own, **{name: given[name] for name in wanted}})
 
 
 def jitter_colour(x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
@@ -191,26 +242,40 @@ def extract_features(network: ResNet, images: Tensor, batch: int = 500) -> np.nd
 
 
 def main() -> None:
-    """Train one student on a config's train split and score it on val."""
+    """Train one student on a config's train split and score it on val; or let a run's students
+    say what the images of a folder show."""
     import argparse             # this and all below: for this command alone
     import sys
+    from pathlib import Path
 
     import config
     import data
     import evaluate
-    from runfolder import Progress
+    import external
+    from runfolder import Progress, RunError
     from training import seeded
-    parser = argparse.ArgumentParser(description="Train one student and score it.")
-    parser.add_argument("--config", required=True)
+    parser = argparse.ArgumentParser(description="Train one student and score it, or predict.")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--config")
+    which.add_argument("--predict", metavar="DIR", help="a folder of images; needs --checkpoint")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
+    parser.add_argument("--checkpoint", type=Path, metavar="runs/NAME", help="a finished run")
+    parser.add_argument("--out", type=Path, default="probabilities.csv", help="the csv to write")
     arguments = parser.parse_args()
+    if bool(arguments.predict) != bool(arguments.checkpoint):
+        parser.error("--predict DIR and --checkpoint runs/NAME go together")
     try:
+        if arguments.predict:
+            return external.predict_folder(arguments.predict, arguments.checkpoint, arguments.out)
         c = config.load(arguments.config, arguments.set)
         splits = data.load(**vars(c.data))
-    except ValueError as error:
+        train_set, k = splits["train"], c.classifier
+        network = seeded(c.loop.seed, lambda: build(
+            k.network, c.data.size, len(train_set.class_names), published=bool(k.weights)))
+        if k.weights:
+            load_weights(network, k.weights)
+    except (ValueError, OSError, RunError) as error:
         sys.exit(print(f"classifier.py: {error}", file=sys.stderr) or 2)
-    train_set, k = splits["train"], c.classifier
-    network = seeded(c.loop.seed, lambda: build(k.network, c.data.size, len(train_set.class_names)))
     progress = Progress("student")
     train(network, torch.tensor(train_set.images), torch.tensor(train_set.labels),
           torch.tensor(balanced_weights(train_set.labels)), steps=k.steps, batch=k.batch, lr=k.lr,

@@ -37,35 +37,85 @@ def settled(network, seed=0):
 
 # ---- the network --------------------------------------------------------------------------------
 
-def published_resnet18():
+COUNTS = {"resnet18": 11_689_512, "resnet34": 21_797_672, "resnet50": 25_557_032}
+
+
+def published(network):
     """Names and shapes of the published weights, from the paper's Table 1."""
-    shapes = {"conv1.weight": (64, 3, 7, 7), "fc.weight": (1000, 512), "fc.bias": (1000,)}
+    shapes = {"conv1.weight": (64, 3, 7, 7)}
 
     def norm(name, channels):
         for key in ("weight", "bias", "running_mean", "running_var"):
             shapes[f"{name}.{key}"] = (channels,)
         shapes[f"{name}.num_batches_tracked"] = ()
     norm("bn1", 64)
-    before = 64
-    for layer, channels in enumerate((64, 128, 256, 512), start=1):
-        for block in (0, 1):
-            name = f"layer{layer}.{block}"
-            shapes[f"{name}.conv1.weight"] = (channels, before, 3, 3)
-            shapes[f"{name}.conv2.weight"] = (channels, channels, 3, 3)
-            norm(f"{name}.bn1", channels)
-            norm(f"{name}.bn2", channels)
-            if before != channels:
-                shapes[f"{name}.downsample.0.weight"] = (channels, before, 1, 1)
-                norm(f"{name}.downsample.1", channels)
-            before = channels
-    return shapes
+    before, times = 64, 4 if network == "resnet50" else 1
+    depths = (2, 2, 2, 2) if network == "resnet18" else (3, 4, 6, 3)
+    for layer, (blocks, channels) in enumerate(zip(depths, (64, 128, 256, 512)), start=1):
+        for block in range(blocks):
+            name, out = f"layer{layer}.{block}", times * channels
+            kernels = ([(channels, before, 1, 1), (channels, channels, 3, 3), (out, channels, 1, 1)]
+                       if times == 4 else [(channels, before, 3, 3), (channels, channels, 3, 3)])
+            for i, shape in enumerate(kernels, start=1):
+                shapes[f"{name}.conv{i}.weight"] = shape
+                norm(f"{name}.bn{i}", shape[0])
+            if before != out:
+                shapes[f"{name}.downsample.0.weight"] = (out, before, 1, 1)
+                norm(f"{name}.downsample.1", out)
+            before = out
+    return shapes | {"fc.weight": (1000, before), "fc.bias": (1000,)}
 
 
-def test_resnet18_has_the_published_names_shapes_and_count():
-    network = build("resnet18", 224, 1000)
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_published_names_shapes_and_counts(name):
+    with torch.device("meta"):                               # shapes without memory
+        network = build(name, 224, 1000, published=True)
     found = {name: tuple(v.shape) for name, v in network.state_dict().items()}
-    assert found == published_resnet18()
-    assert sum(p.numel() for p in network.parameters()) == 11_689_512
+    assert found == published(name)
+    assert sum(p.numel() for p in network.parameters()) == COUNTS[name]
+
+
+def weights(name):
+    """A state dict of the published form, drawn at random."""
+    drawn = {key: normal(*shape, seed=i).div(math.prod(shape[1:]) ** 0.5 or 1)
+             for i, (key, shape) in enumerate(published(name).items())}
+    return {key: value.abs() + 0.5 if key.endswith("var") else value
+            for key, value in drawn.items()}
+
+
+@pytest.mark.parametrize("name, levels", [("resnet18", 50), ("resnet50", 0)])
+def test_published_weights_are_loaded_and_compute_what_they_should(tmp_path, name, levels):
+    given = {key: value for key, value in weights(name).items() if not key.endswith("tracked")}
+    torch.save(given, tmp_path / "w.pth")                    # older files have no counters
+    network = seeded(1, lambda: build(name, 32, 4, levels, published=True)).eval()
+    last = network.fc.weight.clone()
+    classifier.load_weights(network, str(tmp_path / "w.pth"))
+    state = network.state_dict()
+    assert all(torch.equal(state[key], given[key]) for key in given if not key.startswith("fc"))
+    assert torch.equal(network.fc.weight, last) and len(last) == 4
+    x, t = normal(2, 3, 32, 32).clamp(-1, 1), torch.tensor([3, 40]) if levels else None
+    rgb = (x + 1) / 2                                        # the published networks' inputs
+    rgb = torch.stack([(rgb[:, 0] - 0.485) / 0.229, (rgb[:, 1] - 0.456) / 0.224,
+                       (rgb[:, 2] - 0.406) / 0.225], 1)
+    found, wanted = network(x, t), plain(state, rgb, t, levels, pool=True)
+    assert wanted.std() > 0.1 and torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"no pickle", "w.pth is no state dict"), ({"epoch": 3}, "w.pth is no state dict"),
+    (Path("x"), "w.pth is no state dict"), (None, "No such file"),
+    ({"conv1.weight": torch.zeros(64, 3, 3, 3)},
+     r"100 keys differ .* conv1.weight is \(64, 3, 3, 3\), wanted \(64, 3, 7, 7\); bn1.weight is "
+     r"absent, wanted \(64,\)"), ("resnet34", "80 keys differ .* layer1.2.conv1.weight")])
+def test_a_wrong_file_of_weights_is_told_in_one_line(tmp_path, content, words):
+    path = tmp_path / "w.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(weights(content) if content == "resnet34" else content, path)
+    with pytest.raises(ValueError, match=words) as error:
+        classifier.load_weights(build("resnet18", 64, 4, published=True), str(path))
+    assert "\n" not in str(error.value)
 
 
 def test_build_chooses_by_size():
@@ -76,7 +126,7 @@ def test_build_chooses_by_size():
     assert build("small", 32, 4, 50).noise_levels == 50 and build("auto", 32, 4).noise_levels == 0
 
 
-def plain(s, x, t=None, levels=0):
+def plain(s, x, t=None, levels=0, pool=False):
     """The same logits from the state dict `s` by F.conv2d and F.batch_norm alone."""
     def norm(h, name):
         return F.batch_norm(h, *(s[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight",
@@ -89,17 +139,22 @@ def plain(s, x, t=None, levels=0):
         c = F.silu(F.linear(waves, s["time.0.weight"], s["time.0.bias"]))
     h = F.relu(norm(F.conv2d(x, s["conv1.weight"], stride=2,
                              padding=s["conv1.weight"].shape[-1] // 2), "bn1"))
-    if x.shape[-1] >= 128:
+    if pool or x.shape[-1] >= 128:
         h = F.max_pool2d(h, 3, 2, 1)
     blocks = sorted({tuple(k.split(".")[:2]) for k in s if k.startswith("layer")})
     for layer, block in blocks:
         name = f"{layer}.{block}"
         step = 2 if layer != "layer1" and block == "0" else 1
-        r = norm(F.conv2d(h, s[f"{name}.conv1.weight"], stride=step, padding=1), f"{name}.bn1")
+        deep = f"{name}.conv3.weight" in s                   # then the 3x3 one takes the stride
+        r = norm(F.conv2d(h, s[f"{name}.conv1.weight"], stride=1 if deep else step,
+                          padding=0 if deep else 1), f"{name}.bn1")
         if c is not None:
             shift = F.linear(c, s[f"{name}.time.weight"], s[f"{name}.time.bias"])
             r = r + shift.view(*shift.shape, 1, 1)
-        r = norm(F.conv2d(F.relu(r), s[f"{name}.conv2.weight"], padding=1), f"{name}.bn2")
+        r = norm(F.conv2d(F.relu(r), s[f"{name}.conv2.weight"], stride=step if deep else 1,
+                          padding=1), f"{name}.bn2")
+        if deep:
+            r = norm(F.conv2d(F.relu(r), s[f"{name}.conv3.weight"]), f"{name}.bn3")
         if f"{name}.downsample.0.weight" in s:
             h = norm(F.conv2d(h, s[f"{name}.downsample.0.weight"], stride=step),
                      f"{name}.downsample.1")
@@ -107,12 +162,13 @@ def plain(s, x, t=None, levels=0):
     return F.linear(h.mean((2, 3)), s["fc.weight"], s["fc.bias"])
 
 
-@pytest.mark.parametrize("blocks, stem, size", [((1, 1, 1), "small", 16), ((2, 1), "large", 32),
-                                                ((2, 2, 2, 2), "large", 128)])
+@pytest.mark.parametrize("blocks, stem, size, bottleneck", [
+    ((1, 1, 1), "small", 16, False), ((2, 1), "large", 32, False), ((2, 1), "large", 32, True),
+    ((2, 2, 2, 2), "large", 128, False)])
 @pytest.mark.parametrize("levels", [0, 50])
-def test_forward_against_plain_functions(blocks, stem, size, levels):
+def test_forward_against_plain_functions(blocks, stem, size, bottleneck, levels):
     torch.manual_seed(0)
-    network = settled(ResNet(5, blocks, 8, stem, levels))
+    network = settled(ResNet(5, blocks, 8, stem, levels, bottleneck))
     x, t = normal(3, 3, size, size), torch.tensor([0, 20, 49]) if levels else None
     found, wanted = network(x, t), plain(network.state_dict(), x, t, levels)
     assert found.shape == (3, 5) and torch.allclose(found, wanted, atol=1e-4)
