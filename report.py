@@ -29,16 +29,18 @@ MEASURES = {"accuracy": "accuracy", "sensitivity": "sensitivity", "specificity":
 MORE_MEASURES = {"auprc": "AUPRC", "ece": "ECE",
                  "sensitivity_at_90": "sensitivity at 90 % specificity",
                  "sensitivity_at_95": "sensitivity at 95 % specificity"}
-SPOKEN = {**MEASURES, **MORE_MEASURES,
+GAPS = {"equal_opportunity_gap": "equal-opportunity gap (sensitivity)",
+        "equalised_odds_gap": "equalised-odds gap (sensitivity or false positives)"}
+SPOKEN = {**MEASURES, **MORE_MEASURES, **GAPS,
           "frechet": "Frechet distance", "kid": "kernel distance (KID)"}
-PERCENT = {*MEASURES, *MORE_MEASURES, "precision", "recall",
+PERCENT = {*MEASURES, *MORE_MEASURES, *GAPS, "precision", "recall",
            "label_fidelity_oracle", "label_fidelity_unfiltered"}
 CAPTIONS = {"data": "Training images by class and group",
             "hard": "Hard cases: what the students get wrong",
             "types": "One lesion on every skin type",
             "children": "Parents beside their children",
             "guided": "Unguided beside guided",
-            "composition": "Generated from pure noise: class by group",
+            "composition": "Real beside generated, class by group, and how many",
             "neighbours": "Synthetic images beside their nearest training images",
             "mended": "Hardest test cases mended and broken"}
 
@@ -124,7 +126,9 @@ def before_and_after(results):
             ("worst_group", f"Worst {kind_of_group(results)}: {worst}", max(sizes, default=0),
              MEASURES, []),
             ("all", "All test images, without a threshold or at one fixed on val", images,
-             MORE_MEASURES, [])):
+             MORE_MEASURES, []),
+            ("all", f"Between the {kind_of_group(results)}s: the largest rate less the smallest; "
+             "some of it is chance, so compare the arms", images, GAPS, [])):
         tests = {arm: a.get("test", {}).get(subset) or {} for arm, a in arms.items()}
         measures = {m: w for m, w in measures.items() if any(m in test for test in tests.values())}
         extra = [k for k in extra if any(k in a for a in arms.values())]

@@ -438,6 +438,49 @@ def test_small_cells_have_no_interval():
     assert all(r["difference"] is None for r in s["comparisons"] if r["subset"] == "group:g1")
 
 
+def test_gaps_between_groups_by_hand():
+    p = predictions(groups=4, n=400)
+    p["test_groups"][p["test_groups"] == 3] = 0
+    p["test_groups"][:8] = 3                                # eight images: left out
+    sick = MALIGNANT[p["test_labels"]]
+    alarms = np.flatnonzero(~sick & (p["test_groups"] == 2))[:20]
+    p["test_probs_real"][:, alarms] = rows([3])[0]          # here the false positives lie apart
+    s, short = ev.score(p, draws=200), {}
+    for arm in ("real", "guided"):
+        called, gaps = MALIGNANT[p[f"test_probs_{arm}"].argmax(2)], []
+        for seed in called:
+            rate = [[np.mean(seed[(p["test_groups"] == g) & (sick == of)]) for g in range(3)]
+                    for of in (True, False)]
+            gaps.append([max(rate[0]) - min(rate[0]), max(max(r) - min(r) for r in rate)])
+        found = [s["arms"][arm]["test"]["all"][f"{name}_gap"]
+                 for name in ("equal_opportunity", "equalised_odds")]
+        short[arm] = np.mean(gaps, 0)
+        assert [f["value"] for f in found] == pytest.approx(short[arm])
+        assert all(0 <= f["low"] <= f["value"] < f["high"] <= 1 for f in found)
+    row = next(r for r in s["comparisons"] if (r["arm"], r["against"], r["metric"]) ==
+               ("guided", "real", "equal_opportunity_gap"))
+    assert row["difference"] == pytest.approx((short["guided"] - short["real"])[0])
+    one = ev.score(predictions(groups=1), draws=50)["arms"]["real"]["test"]["all"]
+    assert one["equal_opportunity_gap"]["value"] is None    # nothing to compare with
+    none = ev.score(predictions(groups=0), draws=50)["arms"]["real"]["test"]["all"]
+    assert "equal_opportunity_gap" not in none
+
+
+def test_the_interval_of_a_gap_covers_it():
+    rng, inside = np.random.default_rng(12), 0
+    rates, group = np.array([.92, .9, .86, .8, .65]), np.repeat(np.arange(5), 100)
+    for _ in range(200):
+        right = rng.random((1, 500)) < rates[group]
+        weights = ev.lesion_weights(np.arange(500), 200, rng)
+        by_group = [{"sensitivity": right[:, group == g] @ weights[group == g]
+                     / weights[group == g].sum(0), "specificity": None} for g in range(5)]
+        table = ev.gaps(by_group)["equal_opportunity_gap"]
+        assert table[:, 1:].mean() == pytest.approx(table[0, 0])
+        _, low, high = ev.interval(table, np.zeros(200))
+        inside += low <= .27 <= high
+    assert 0.88 <= inside / 200 <= 0.98
+
+
 def test_the_worst_group_is_the_reference_students():
     p = predictions()
     for split in ("val", "test"):
@@ -527,10 +570,6 @@ def test_nearest_distance_by_brute_force():
         distance, index = ev.nearest_distance(a, b, chunk=chunk)
         assert index.tolist() == table.argmin(1).tolist()
         assert distance == pytest.approx(table.min(1), abs=1e-12)
-    own = np.where(np.arange(23) % 2, table.argmin(1), -1)
-    distance, _ = ev.nearest_distance(a, b, own, chunk=5)
-    ordered = np.sort(table, 1)
-    assert distance == pytest.approx(np.where(own >= 0, ordered[:, 1], ordered[:, 0]), abs=1e-12)
     images = rng.integers(0, 256, (6, 3, 4, 4), dtype=np.uint8)  # uint8 must not wrap around
     distance, index = ev.nearest_distance(images[::-1], images)
     assert (distance == 0).all() and index.tolist() == [5, 4, 3, 2, 1, 0]
