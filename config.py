@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-ARMS = ("real", "balanced", "replay", "recolour", "noise", "random", "guided")
+ARMS = ("real", "balanced", "replay", "recolour", "noise", "external", "random", "guided")
 
 
 class ConfigError(ValueError):
@@ -65,7 +65,8 @@ class Ddpm:
 
 @dataclass(frozen=True)
 class Classifier:
-    network: str = within(choices=("auto", "small", "resnet18"))
+    network: str = within(choices=("auto", "small", "resnet18", "resnet34", "resnet50"))
+    weights: str
     steps: int = within(1)
     guide_steps: int = within(1)
     batch: int = within(2)
@@ -75,6 +76,8 @@ class Classifier:
 
 @dataclass(frozen=True)
 class Guidance:
+    targets: str = within(choices=("hard", "groups", "both"))
+    external: str
     start: str = within(choices=("counterfactual", "parent"))
     depth: float = within(0.05, 1)
     strength: float = within(0.05, 1)
@@ -262,12 +265,19 @@ def check_together(c: Config) -> None:
         total = c.data.val_fraction + c.data.test_fraction
         raise ConfigError("data.val_fraction + data.test_fraction: at most 0.8, something must be "
                           f"left to train on; found {total:.2f}")
+    if c.classifier.weights and c.classifier.network in ("auto", "small"):
+        raise ConfigError(f"classifier.network: found '{c.classifier.network}'; classifier.weights "
+                          "are of resnet18, resnet34 or resnet50: write which")
     depth = c.guidance.depth if c.guidance.start == "counterfactual" else c.guidance.strength
     if c.guidance.steps > int(depth * c.ddpm.T):
         raise ConfigError(f"guidance.steps: {c.guidance.steps} steps do not fit into the "
                           f"{int(depth * c.ddpm.T)} noise levels that they cross")
     if "real" not in c.loop.arms and "all" not in c.loop.arms:
         raise ConfigError("loop.arms: 'real' is the arm that all others are compared with, add it")
+    if ("external" in c.loop.arms) > bool(c.guidance.external):
+        raise ConfigError("guidance.external: arm 'external' needs the folder or csv of its images")
+    if bool(c.guidance.external) > bool({"external", "all"} & set(c.loop.arms)):
+        raise ConfigError("guidance.external: add 'external' to loop.arms, the arm of these images")
     if c.loop.mine_from == "test" and "guided" not in c.loop.arms and "all" not in c.loop.arms:
         raise ConfigError("loop.mine_from: 'test' is shown beside the clean loop: add 'guided' to "
                           "loop.arms")

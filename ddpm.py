@@ -42,7 +42,7 @@ class Schedule:
             betas = (1 - abar[1:] / abar[:-1]).clamp(max=0.999)
         else:
             raise ValueError(f"schedule {kind!r} is neither 'linear' nor 'cosine'")
-        self.T, self.kind = T, kind
+        self.T = T
         self.betas = betas.to(device)
         self.alphas = 1 - self.betas
         self.alphas_cumprod = self.alphas.cumprod(0)
@@ -315,6 +315,7 @@ def main() -> None:
     """Train on a config's data; draw every class on every group from pure noise."""
     import argparse             # this and all below: for this command alone
     import sys
+    from dataclasses import replace
 
     import numpy as np
 
@@ -348,9 +349,11 @@ def main() -> None:
     g = torch.arange(groups).repeat(classes) if train_set.group_names else torch.full_like(y, -1)
     x_T = Noise(list(range(len(y))))(3, c.data.size, c.data.size)
     model = eps_model(network, schedule, y, g, prediction=c.ddpm.prediction)
-    images = to_uint8(sample_ddim(model, schedule, x_T, min(50, c.ddpm.T))).numpy()
-    pictures.grid(train_set, np.ascontiguousarray(images), groups).save(arguments.out)
-    print(f"wrote {arguments.out}: a row a class, a column a group")
+    images = to_uint8(sample_ddim(model, schedule, x_T, min(50, c.ddpm.T))).contiguous().numpy()
+    made = replace(train_set.subset(np.zeros(len(y), int)), images=images, labels=y.numpy(),
+                   groups=g.numpy())
+    pictures.composition(train_set, made).save(arguments.out)
+    print(f"wrote {arguments.out}: a row a class, a pair a group, real and from pure noise")
 
 
 if __name__ == "__main__":

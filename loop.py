@@ -4,12 +4,13 @@
     python loop.py --resume runs/config                 go on with one that was stopped
     python loop.py --config config.yaml --set loop.seeds=5
 
-The only file that knows the others: it owns the config, the device, the seeds, the order and the
+The only file that knows all others: it owns the config, the device, the seeds, the order and the
 files. Stages: data; diffusion model and guide (once, on the train split alone); colour jitter,
 chosen on val; judge; rounds of cross-fitting, mining, synthesis and filtering; arms; report.
 """
 import argparse
 import csv
+import functools
 import io
 import json
 import platform
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,6 +33,7 @@ import config as configuration
 import data
 import ddpm
 import evaluate
+import external
 import guidance
 import pictures
 import report
@@ -73,7 +76,10 @@ class Experiment:
         self.config, self.run = config, run
         self.device = pick_device(config.loop.device)
         self.bf16 = pick_bf16(config.loop.bf16, self.device)
-        self.arms = [a for a in ARMS if a in config.loop.arms or "all" in config.loop.arms]
+        self.arms = [a for a in ARMS if a in config.loop.arms or "all" in config.loop.arms
+                     and (a != "external" or config.guidance.external)]
+        # replay and recolour too: they hold the parents of what was generated
+        self.generates = bool(set(self.arms) - {"real", "balanced", "external"})
 
     # ---- data ------------------------------------------------------------------------------------
 
@@ -86,6 +92,8 @@ class Experiment:
         self.splits = data.load(**vars(c), cache=cache, progress=progress)
         progress.end()
         self.train = self.splits["train"]
+        if "external" in self.arms:
+            self.external = external.load_made(self.config.guidance.external, self.train, c.size)
         print(data.counts_table(self.splits))
         self.run.log("data", **{name: data.counts(s) for name, s in self.splits.items()})
         if not self.train.group_names and self.config.guidance.start == "counterfactual":
@@ -119,9 +127,15 @@ class Experiment:
 
     def new_resnet(self, seed: int, noise_levels: int = 0) -> classifier.ResNet:
         c = self.config
-        return seeded(seed, lambda: classifier.build(c.classifier.network, c.data.size,
-                                                     len(self.train.class_names), noise_levels)
-                      ).to(self.device)
+        network = seeded(seed, lambda: classifier.build(
+            c.classifier.network, c.data.size, len(self.train.class_names), noise_levels,
+            bool(c.classifier.weights)))
+        if c.classifier.weights:
+            try:
+                classifier.load_weights(network, c.classifier.weights)
+            except ValueError as error:
+                raise ConfigError(f"classifier.weights: {error}") from None
+        return network.to(self.device)
 
     def train_generator(self) -> None:
         """The diffusion model and the guide, once, on the train split alone."""
@@ -248,8 +262,43 @@ class Experiment:
         rng, cells = np.random.default_rng(seed), self.cells(images)[pool]
         lines = [np.tile(rng.permutation(pool[cells == cell]), CHILDREN)
                  for cell in rng.permutation(np.unique(cells))]
-        turn = np.concatenate([np.arange(len(line)) for line in lines])
-        return np.concatenate(lines)[np.argsort(turn, kind="stable")][:count]
+        return np.concatenate(lines)[by_turns(lines)][:count]
+
+    def even_out(self, synthetic: ImageSet | None, count: int,
+                 seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """`count` train images and the group to carry each to, evening out the class x group cells.
+
+        Each goes to the cell that has fewest images by then, synthetic ones included; its parent
+        is of that class and of another group. No parent goes to one cell twice: that would be the
+        same image again. Without groups, classes even out and a parent has CHILDREN variations.
+        """
+        rng, train, lines, targets, taken = np.random.default_rng(seed), self.train, [], [], []
+        groups = range(len(train.group_names)) or [-1]
+        known = [train] if synthetic is None else [train, synthetic]
+        for y in rng.permutation(len(train.class_names)):
+            for g in rng.permutation(groups):
+                pool = np.flatnonzero((train.labels == y) & ((train.groups != g) | (g < 0)))
+                lines.append(np.tile(rng.permutation(pool), CHILDREN if g < 0 else 1))
+                targets.append(np.full(len(lines[-1]), g))
+                taken.append(sum(((s.labels == y) & (s.groups == g)).sum() for s in known))
+        order = by_turns(lines, taken)[:count]
+        return np.concatenate(lines)[order], np.concatenate(targets)[order]
+
+    def choose(self, number: int, probs: np.ndarray, synthetic: ImageSet | None,
+               count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The parents of a round and their targets, by guidance.targets. probs: (N, C) out-of-fold;
+        synthetic: all images that earlier rounds kept."""
+        aim, parts = self.config.guidance.targets, []
+        count = (count + 1) // 2 if aim == "both" else count
+        if aim != "groups":
+            chosen = self.mine(self.train, probs, count, self.seed("mine", number))
+            parts.append((chosen, self.targets(self.train.subset(chosen),
+                                               self.seed("targets", number))))
+        if aim != "hard":
+            parts.append(self.even_out(synthetic, count, self.seed("even", number)))
+        parents, targets = zip(*parts)
+        order = by_turns(parents)           # the round keeps the first that pass: half of each way
+        return np.concatenate(parents)[order], np.concatenate(targets)[order]
 
     def cells(self, images: ImageSet) -> np.ndarray:
         """The class x group cell of every image, a number."""
@@ -299,9 +348,10 @@ class Experiment:
                               for a in (parents.labels, parents.groups, targets))
             noise = ddpm.Noise(list(seeds[part]), self.device)
             terms = [(scales[0], guidance.class_evidence(self.guide, y)),
-                     (scales[1], guidance.hardness(self.students, y)),
-                     (scales[2], guidance.likeness(self.students[0].features,
-                                                   self.features(self.students[0], x0)))]
+                     (scales[1], guidance.hardness(self.students, y))]
+            if scales[2]:
+                terms.append((scales[2], guidance.likeness(
+                    self.students[0].features, self.features(self.students[0], x0))))
 
             def model(group, scale=1.0):
                 return ddpm.eps_model(self.unet, self.schedule, y, group, scale=scale,
@@ -338,7 +388,7 @@ class Experiment:
             parents, g = source.subset(chosen), self.config.guidance
             seeds = np.array([derive(seed, i) for i in range(len(chosen))])
             dropped, finite = 0, np.ones(len(parents), bool)
-            if arm == "replay":
+            if arm in ("replay", "external"):
                 images = parents.images
             elif arm == "recolour":
                 images = recoloured(self.train, parents, targets, seed)
@@ -375,22 +425,21 @@ class Experiment:
         """How many synthetic images a round is to add."""
         return max(1, round(self.config.loop.added * len(self.train)))
 
-    def round(self, number: int, synthetic: ImageSet | None) -> dict:
-        """Cross-fit, mine, synthesise, filter. Returns the candidates and the ledger's entry."""
+    def judge_train(self, number: int, synthetic: ImageSet | None) -> np.ndarray:
+        """Cross-fit the students of a round; their out-of-fold probabilities of the train split."""
         self.students = self.cross_fit(number, synthetic)
         probs = self.out_of_fold(self.students, self.train.images, self.train.folds)
         if number == 1:
             self.first_students, self.first_probs = self.students, probs
-        wanted = self.wanted()
-        count = round(wanted * self.config.loop.surplus)
+        return probs
 
-        def choose():
-            chosen = self.mine(self.train, probs, count, self.seed("mine", number))
-            return chosen, self.targets(self.train.subset(chosen), self.seed("targets", number))
-        made = self.candidates(f"guided_{number}", "guided", self.train,
-                               self.seed("synthesis", number), choose)
+    def round(self, number: int, synthetic: ImageSet | None) -> dict:
+        """Cross-fit, mine, synthesise, filter. Returns the candidates and the ledger's entry."""
+        probs, wanted = self.judge_train(number, synthetic), self.wanted()
+        made = self.candidates(
+            f"guided_{number}", "guided", self.train, self.seed("synthesis", number),
+            lambda: self.choose(number, probs, synthetic, round(wanted * self.config.loop.surplus)))
         index = np.flatnonzero(made.fate == 0)[:wanted]
-        self.write_synthetic(number, made, index)
         margin = margins(probs, self.train.labels)
         votes = self.out_of_fold(self.students, made.images, self.train.folds[made.parents])
         wrong = margins(votes, self.train.labels[made.parents]) < 0
@@ -402,21 +451,26 @@ class Experiment:
                  "hardness": {"parents_wrong": float((margin[made.parents] < 0).mean()),
                               "children_wrong": float(wrong.mean())},
                  "judge_agrees": float((made.fate != FATES.index("judge")).mean())}
-        return {"made": made, "children": self.children(self.train, made, index), "entry": entry}
+        return {"made": made, "kept": index, "entry": entry,
+                "children": self.children(self.train, made, index)}
 
-    def write_synthetic(self, number: int, made: Candidates, index: np.ndarray) -> None:
-        """synthetic/round_K/<class>/*.png and synthetic.csv: the kept images and their origin."""
-        folder = self.run.folder / "synthetic" / f"round_{number}"
-        rows = [["file", "parent", "class", "group", "fold", "judge", "distance", "seed"]]
-        for i in index:
-            parent, target = made.parents[i], made.targets[i]
-            name = self.train.class_names[self.train.labels[parent]]
-            group = self.train.group_names[target] if target >= 0 else ""
-            file = f"{name}/{i:05d}.png"
-            if not (folder / file).exists():
-                save_picture(folder / file, pictures.one(made.images[i]))
-            rows.append([file, self.train.sources[parent], name, group, self.train.folds[parent],
-                         f"{made.judge[i]:.4f}", f"{made.distance[i]:.2f}", made.seeds[i]])
+    def write_synthetic(self, rounds: list[dict]) -> None:
+        """synthetic/<class>/*.png, a folder data set, and synthetic.csv: what was kept of every
+        round so far, and its origin."""
+        folder = self.run.folder / "synthetic"
+        rows = [["image", "parent", "class", "group", "fold", "judge", "distance", "seed"]]
+        for number, r in enumerate(rounds, start=1):
+            made = r["made"]
+            for i in r["kept"]:
+                parent, target = made.parents[i], made.targets[i]
+                name = self.train.class_names[self.train.labels[parent]]
+                group = self.train.group_names[target] if target >= 0 else ""
+                file = f"{name}/{number}_{i:05d}.png"
+                if not (folder / file).exists():
+                    save_picture(folder / file, pictures.one(made.images[i]))
+                rows.append([file, self.train.sources[parent], name, group,
+                             self.train.folds[parent], f"{made.judge[i]:.4f}",
+                             f"{made.distance[i]:.2f}", made.seeds[i]])
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)
         write_bytes(folder / "synthetic.csv", text.getvalue().encode())
@@ -429,34 +483,48 @@ class Experiment:
         guided, replay and recolour hold the same parents for the same groups: those whose image
         passed the filter in all three.
         """
-        parts = [vars(r["made"]) for r in rounds]
-        self.made = {"guided": Candidates(**{
-            key: np.concatenate([p[key] for p in parts])
-            for key in parts[0] if key != "nonfinite_gradients"})}
-        chosen, targets = self.made["guided"].parents, self.made["guided"].targets
+        self.made, wanted = {}, self.wanted() * self.config.loop.rounds
+        if rounds:
+            parts = [vars(r["made"]) for r in rounds]
+            self.made["guided"] = Candidates(**{
+                key: np.concatenate([p[key] for p in parts])
+                for key in parts[0] if key != "nonfinite_gradients"})
+            chosen, targets = self.made["guided"].parents, self.made["guided"].targets
         for arm in self.arms:
             if arm in ("replay", "recolour", "noise", "random"):
                 parents = self.strangers(chosen, self.seed(arm)) if arm == "random" else chosen
                 self.made[arm] = self.candidates(arm, arm, self.train, self.seed(arm),
                                                  lambda: (parents, targets))
+        if "external" in self.arms:
+            some = np.random.default_rng(self.seed("external")).permutation(len(self.external))
+            some = some[:round(wanted * self.config.loop.surplus)]
+            self.made["external"] = self.candidates(
+                "external", "external", self.external, self.seed("external"),
+                lambda: (some, np.full(len(some), -1)))
+        if not self.made:
+            return {}
         matched = [arm for arm in ("guided", "replay", "recolour") if arm in self.made]
         together = np.all([self.made[arm].fate == 0 for arm in matched], axis=0)
         passed = {arm: together if arm in matched else made.fate == 0
                   for arm, made in self.made.items()}
-        wanted = self.wanted() * len(rounds)
         count = min(wanted, *(int(of.sum()) for of in passed.values()))
         if count == 0:
             empty = [arm for arm, of in passed.items() if not of.any()]
             raise DataError(f"the filter left no image for {', '.join(empty)}: train the diffusion "
-                            "model longer (ddpm.steps) or lower the guidance scales")
+                            "model longer (ddpm.steps), lower the guidance scales or give external "
+                            "images that show their class")
         if count < wanted:
             print(f"every arm adds {count} images where {wanted} were wanted: the filter passed no "
                   "more (loop.surplus)")
-        added = {arm: self.children(self.train, self.made[arm], np.flatnonzero(of)[:count])
+        added = {arm: self.children(self.source(arm), self.made[arm], np.flatnonzero(of)[:count])
                  for arm, of in passed.items()}
         if self.config.loop.mine_from == "test":
             added["leaked"] = self.leaked(len(chosen), count)
         return added
+
+    def source(self, arm: str) -> ImageSet:
+        """What the parents of an arm's candidates are indices into."""
+        return self.external if arm == "external" else self.train
 
     def leaked(self, candidates: int, count: int) -> ImageSet:
         """The naive protocol, for show: hard cases mined on the test set itself."""
@@ -507,12 +575,16 @@ class Experiment:
         self.prepare()
         print(f"this will take about {clock(self.estimate())} on this machine", flush=True)
         self.picture("data", lambda: pictures.by_class_and_group(self.train))
-        self.train_generator()
+        if self.generates:
+            self.train_generator()
         self.choose_jitter()
         self.train_judge()
         rounds, synthetic = [], None
-        for number in range(1, self.config.loop.rounds + 1):
+        if not self.generates:
+            self.judge_train(1, None)           # for the hard cases of test alone
+        for number in range(1, self.config.loop.rounds + 1) if self.generates else ():
             rounds.append(self.round(number, synthetic))
+            self.write_synthetic(rounds)
             new = rounds[-1]["children"]
             synthetic = new if synthetic is None else synthetic.extend(new)
             print(json.dumps(rounds[-1]["entry"]), flush=True)
@@ -523,7 +595,7 @@ class Experiment:
                 rounds[-1]["entry"]["val_balanced_accuracy"] = self.score_val(student)
         added = self.added_sets(rounds)
         predictions = self.run_arms(added)
-        self.finish(rounds, added, predictions, self.quality(added))
+        self.finish(rounds, added, predictions, self.quality(added) if added else {})
 
     def quality(self, added: dict[str, ImageSet]) -> dict:
         """The generated images themselves, in the features of a classifier that no arm uses.
@@ -537,7 +609,8 @@ class Experiment:
             else self.train
         critic = self.student("critic", source, classifier.balanced_weights(source.labels),
                               self.seed("critic"), self.jitter)
-        sets = {arm: s for arm, s in added.items() if arm in ("guided", "random", "noise")}
+        sets = {arm: s for arm, s in added.items()
+                if arm in ("guided", "random", "noise", "external")}
         sets["real (val)"] = self.splits["val"]
         chosen = same_mixture([*sets.values(), self.splits["test"]], self.seed("quality"))
         real = self.splits["test"].subset(chosen.pop()).images
@@ -554,7 +627,7 @@ class Experiment:
                 made = self.made[arm]
                 votes = self.predict(critic, made.images).argmax(1)
                 row["label_fidelity_unfiltered"] = float(
-                    (votes == self.train.labels[made.parents]).mean())
+                    (votes == self.source(arm).labels[made.parents]).mean())
             if self.inception is not None and len(index) > 2048:
                 row["fid"] = evaluate.frechet_distance(self.inception(real),
                                                        self.inception(some.images))
@@ -614,9 +687,10 @@ class Experiment:
         for arm in results["arms"]:
             results["arms"][arm]["added"] = len(added[arm]) if arm in added else 0
         last = "guided" if "guided" in self.arms else "real"
-        rounds[-1]["entry"]["val_balanced_accuracy"] = float(np.mean(
-            [balanced_accuracy(p, self.splits["val"].labels)
-             for p in predictions[f"val_probs_{last}"]]))
+        if rounds:
+            rounds[-1]["entry"]["val_balanced_accuracy"] = float(np.mean(
+                [balanced_accuracy(p, self.splits["val"].labels)
+                 for p in predictions[f"val_probs_{last}"]]))
         self.draw(rounds, predictions)
         write_bytes(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
         report.write(folder)
@@ -639,15 +713,19 @@ class Experiment:
 
     def draw(self, rounds: list[dict], predictions: dict) -> None:
         """The pictures of the report, apart from data.png."""
-        train, made = self.train, rounds[-1]["made"]
+        train = self.train
         margin = margins(self.first_probs, train.labels)
         self.picture("hard", lambda: pictures.hard_cases(train, self.first_probs, margin))
+        if not rounds:
+            return
+        made, children = rounds[-1]["made"], [r["children"] for r in rounds]
         self.picture("children", lambda: pictures.children(
             train, made.parents, made.images, made.targets, made.judge,
             [FATES[f] for f in made.fate]))
         self.picture("types", lambda: self.every_type(margin))
         self.picture("guided", lambda: self.unguided_beside_guided(made))
-        self.picture("composition", self.composition)
+        self.picture("composition", lambda: pictures.composition(
+            train, functools.reduce(ImageSet.extend, children)))
         closest = made.images[np.argsort(made.distance, kind="stable")[:16]]
         self.picture("neighbours", lambda: pictures.neighbours(train, closest,
                                                                *self.nearest(closest)))
@@ -681,18 +759,6 @@ class Experiment:
         return pictures.rows([parents.images, *versions],
                              ["parent", "unguided", "guided", "guided, 3 x"])
 
-    def composition(self):
-        """Every class on every group from pure noise, the same noise in a row."""
-        train = self.train
-        groups = max(1, len(train.group_names))
-        labels = np.repeat(np.arange(len(train.class_names)), groups)
-        where = np.tile(np.arange(groups), len(train.class_names))
-        one = train.subset(np.zeros(len(labels), int))
-        wanted = replace(one, labels=labels, groups=np.full(len(labels), -1))
-        targets = where if train.group_names else np.full(len(labels), -1)
-        images, _, _ = self.synthesise(wanted, targets, labels, start="noise", scales=(0, 0, 0))
-        return pictures.grid(train, images, groups)
-
     def estimate(self) -> float:
         """Seconds that the run will take, from a few timed steps of each kind."""
         c, students = self.config, self.config.classifier.steps
@@ -720,9 +786,9 @@ class Experiment:
         images = generating * c.loop.added * c.loop.surplus * len(self.train)
         # evaluations a step: inverting, decoding, and about two more for guidance's gradients
         evaluations = (c.guidance.start == "counterfactual") + 1 + (c.guidance.classifier_free != 1)
-        return (c.ddpm.steps * diffusion + students * trained * learning
-                + c.classifier.guide_steps * learning * 1.3
-                + images * c.guidance.steps * (evaluations + 2) * looking + 30)
+        return students * trained * learning + 30 + self.generates * (
+            c.ddpm.steps * diffusion + c.classifier.guide_steps * learning * 1.3
+            + images * c.guidance.steps * (evaluations + 2) * looking)
 
 
 def balanced_accuracy(probs: np.ndarray, labels: np.ndarray) -> float:
@@ -732,12 +798,20 @@ def balanced_accuracy(probs: np.ndarray, labels: np.ndarray) -> float:
 
 
 def same_mixture(sets: list[ImageSet], seed: int) -> list[np.ndarray]:
-    """Indices into each set so that all have as many images of every class x group cell."""
-    rng = np.random.default_rng(seed)
-    cells = [s.labels * (len(s.group_names) + 1) + s.groups for s in sets]
+    """Indices into each set so that all have as many images of every class x group cell; of every
+    class alone if one knows no groups, as images made elsewhere may."""
+    rng, grouped = np.random.default_rng(seed), all((s.groups >= 0).any() for s in sets)
+    cells = [s.labels * (len(s.group_names) + 1) + s.groups * grouped for s in sets]
     fewest = {cell: min((of == cell).sum() for of in cells) for cell in np.unique(cells[0])}
     return [np.concatenate([rng.permutation(np.flatnonzero(of == cell))[:n]
                             for cell, n in fewest.items()]).astype(int) for of in cells]
+
+
+def by_turns(lines: Sequence[np.ndarray], taken: Sequence[int] = ()) -> np.ndarray:
+    """The order in which the entries of the concatenated lines are served, a line after the other
+    by turns; line i joins in after taken[i] turns (0 for all where none is given)."""
+    turn = [first + np.arange(len(line)) for line, first in zip(lines, taken or [0] * len(lines))]
+    return np.argsort(np.concatenate(turn), kind="stable")
 
 
 def margins(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:

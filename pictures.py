@@ -64,14 +64,19 @@ def every_group(train: ImageSet, chosen: np.ndarray, images: np.ndarray) -> Imag
                          zoom(images), None, [train.class_names[train.labels[i]] for i in chosen])
 
 
-def grid(train: ImageSet, images: np.ndarray, groups: int) -> Image.Image:
-    """Generated images, a row a class, a column a group; captions count the real ones in a cell."""
-    names, captions = train.group_names or ("all",), []
-    for label in range(len(train.class_names)):
-        for group in range(groups):
-            cell = (train.groups == group) | (not train.group_names)
-            captions.append(f"{names[group]}: {(cell & (train.labels == label)).sum()}")
-    return contact_sheet(images, captions, groups, zoom(images), None, list(train.class_names))
+def composition(real: ImageSet, made: ImageSet) -> Image.Image:
+    """A row a class, a pair a group: a real image beside a synthetic one, and how many of each."""
+    tiles, captions = [], []
+    blank = np.full(real.images.shape[1:], 235, np.uint8)              # light grey: no such image
+    groups = list(enumerate(real.group_names)) or [(-1, "all")]
+    for label in range(len(real.class_names)):
+        for group, name in groups:
+            for kind, images in (("real", real), ("made", made)):
+                cell = np.flatnonzero((images.labels == label) & (images.groups == group))
+                tiles.append(images.images[cell[0]] if len(cell) else blank)
+                captions.append(f"{name}: {len(cell)} {kind}")
+    return contact_sheet(np.stack(tiles), captions, 2 * len(groups), zoom(real.images), None,
+                         list(real.class_names))
 
 
 def neighbours(train: ImageSet, images: np.ndarray, distance: np.ndarray,

@@ -1,6 +1,7 @@
 """The loop as a whole: the tiny run, interrupted, resumed; and its parts by brute force."""
 import csv
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
+import classifier
 import config as configuration
 import data
+import evaluate
+import external
 import loop
 import phantom
+import report
 from runfolder import RunError, RunFolder, clock, new_folder
+from test_classifier import weights
 
 HERE = Path(__file__).parents[1]
 TINY = HERE / "configs/tiny.yaml"
@@ -52,9 +58,9 @@ def test_the_run_folder_holds_what_it_should(tiny):
 
 
 def test_the_ledger_says_where_every_image_is_from(tiny):
-    folder = tiny / "synthetic/round_1"
+    folder = tiny / "synthetic"
     rows = list(csv.DictReader((folder / "synthetic.csv").open()))
-    assert {row["file"] for row in rows} == {f"{p.parent.name}/{p.name}"
+    assert {row["image"] for row in rows} == {f"{p.parent.name}/{p.name}"
                                              for p in folder.glob("*/*.png")}
     c = configuration.load(TINY)
     train = data.load(**vars(c.data))["train"]
@@ -64,7 +70,7 @@ def test_the_ledger_says_where_every_image_is_from(tiny):
         assert row["class"] == train.class_names[train.labels[parent]]
         assert int(row["fold"]) == train.folds[parent]
         assert row["group"] != train.group_names[train.groups[parent]]
-        assert row["file"].startswith(row["class"] + "/") and 0 <= float(row["judge"]) <= 1
+        assert row["image"].startswith(row["class"] + "/") and 0 <= float(row["judge"]) <= 1
     assert len(rows) >= json.loads((tiny / "results.json").read_text())["arms"]["guided"]["added"]
 
 
@@ -107,7 +113,7 @@ def test_folders_without_groups_all_arms_two_rounds_and_the_leak_shown(tmp_path)
         "data: {kind: folder, root: photos, malignant: [mel, bcc], val_fraction: 0.2}\n"
         "ddpm: {steps: 40}\nclassifier: {steps: 30, guide_steps: 20, jitter: [0.1, 0.5]}\n"
         "guidance: {start: parent, hardness_scale: 0.1, likeness_scale: 0.1, "
-        "classifier_free: 1.5}\n"
+        "classifier_free: 1.5, targets: both}\n"
         "loop: {rounds: 2, seeds: 1, arms: [all], mine_from: test, surplus: 4.0, added: 0.2}\n")
     folder = go(tmp_path, ["--config", "tiny.yaml"])
     results = json.loads((folder / "results.json").read_text())
@@ -118,6 +124,128 @@ def test_folders_without_groups_all_arms_two_rounds_and_the_leak_shown(tmp_path)
     assert all("val_balanced_accuracy" in r for r in results["rounds"])
     assert "optimistic: mined on the test set" in (folder / "report.md").read_text()
     assert results["jitter"]["chosen"] in (0.1, 0.5)
+
+
+def test_synthetic_images_are_a_folder_data_set_and_an_external_arm(tiny, tmp_path):
+    table = tiny / "synthetic/synthetic.csv"
+    ledger = {row["image"]: row for row in csv.DictReader(table.open())}
+    folder = data.load_folder(tiny / "synthetic", 16, ["mel"])
+    assert set(folder.sources) == set(ledger)
+    for image, label, source in zip(folder.images, folder.labels, folder.sources):
+        assert folder.class_names[label] == ledger[source]["class"]
+        stored = np.asarray(Image.open(tiny / "synthetic" / source)).transpose(2, 0, 1)
+        assert (image == stored).all()
+
+    (tmp_path / "tiny.yaml").write_text(
+        f"extends: {TINY}\nguidance: {{external: {table}}}\n"
+        "classifier: {steps: 20}\nloop: {seeds: 1, arms: [real, balanced, external]}\n")
+    run = go(tmp_path, ["--config", "tiny.yaml"])
+    results = json.loads((run / "results.json").read_text())
+    assert list(results["arms"]) == ["real", "balanced", "external"]
+    names = {path.stem for path in (run / "checkpoints").glob("*.pt")}
+    assert not {"ddpm", "guide", "guided_1"} & names        # nobody needs a generator of our own
+    made, fates = RunFolder(run).load("external"), results["filter"]["external"]
+    of = {np.asarray(Image.open(tiny / "synthetic" / name)).transpose(2, 0, 1).tobytes(): row
+          for name, row in ledger.items()}
+    assert all(image.tobytes() in of for image in made["images"].numpy())
+    assert fates["candidates"] == len(ledger) == sum(fates[f] for f in loop.FATES)
+    assert 0 < results["arms"]["external"]["added"] <= fates["kept"]
+    assert results["generator"]["external"]["n"] > 0
+    images = external.load_made(
+        str(table), data.load(**vars(configuration.load(TINY).data))["train"], 16)
+    for source, group in zip(images.sources, images.groups):
+        assert images.group_names[group] == ledger[source.removeprefix("external/")]["group"]
+
+
+def test_a_run_of_real_images_alone_makes_none(tmp_path):
+    run = go(tmp_path, ["--config", str(TINY), "--set", "loop.arms=[real]", "--set", "loop.seeds=1",
+                        "--set", "classifier.steps=10"])
+    assert not (run / "synthetic").exists()
+    assert {path.stem for path in (run / "checkpoints").glob("*.pt")} == {
+        "judge", "crossfit_1_0", "crossfit_1_1", "student_real_0"}
+    assert "hard cases" in (run / "report.md").read_text().lower()
+
+
+def test_on_its_own_data_set_an_external_test_is_the_test(tiny, capsys):
+    """What the run learnt or chose from is left out, so its own test images remain."""
+    assert evaluate.main([str(tiny), "--on", str(TINY)]) == 0
+    said = capsys.readouterr().out
+    results, found = (json.loads((tiny / name).read_text())
+                      for name in ("results.json", "external_tiny.json"))
+    assert found["learnt_from"] == 360 and found["splits"]["test"] == results["splits"]["test"]
+    for arm, entry in results["arms"].items():
+        assert found["arms"][arm]["test"] == entry["test"]
+        assert found["arms"][arm]["confusion"] == entry["confusion"]
+        assert report.interval(entry["test"]["all"]["accuracy"]) in said
+
+
+def test_on_another_data_set_names_are_mapped(tiny, tmp_path, monkeypatch, capsys):
+    drawn = phantom.draw(90, 24, 8)
+    folders = ["NV", "sk", "BCC", "MEL"]                   # one class under another name
+    for i, (image, label) in enumerate(zip(drawn["images"], drawn["labels"])):
+        path = tmp_path / "photos" / folders[label] / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.transpose(1, 2, 0)).save(path)
+    (tmp_path / "other.yaml").write_text(
+        f"extends: {TINY}\ndata: {{kind: folder, malignant: [MEL], val_fraction: 0.2}}\n")
+    load = data.load
+
+    def grouped(kind, **given):             # BCC and MEL have group VI, the others "old"
+        splits = load(kind, **given)
+        return splits if kind == "phantom" else {name: loop.replace(
+            s, groups=s.labels // 2, group_names=("VI", "old")) for name, s in splits.items()}
+    monkeypatch.setattr(data, "load", grouped)
+    arguments = ["--on", str(tmp_path / "other.yaml"), "--set", f"data.root={tmp_path / 'photos'}"]
+    assert evaluate.main([str(tiny), *arguments]) == 0
+    found = json.loads((tiny / "external_other.json").read_text())
+    counts = np.bincount(drawn["labels"], minlength=4).tolist()
+    assert found["unmapped"] == {"sk": counts[1]} and found["absent"] == ["bkl"]
+    assert found["splits"]["test"]["classes"] == dict(zip(phantom.CLASS_NAMES, [
+        counts[0], 0, counts[2], counts[3]]))
+    sizes = {name: of["n"] for name, of in found["arms"]["guided"]["per_group"].items()}
+    assert sizes == dict.fromkeys(("I", "II", "III", "IV", "V"), 0) | {
+        "VI": counts[2] + counts[3], "old": counts[0]}
+    assert f"sk {counts[1]}" in capsys.readouterr().out
+    # the same images through --predict: the confusion must be that of the csv's answers
+    out = tmp_path / "probabilities.csv"
+    arguments = ["--predict", str(tmp_path / "photos"), "--checkpoint", str(tiny),
+                 "--out", str(out)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["classifier.py", *arguments])
+        classifier.main()
+    rows, confusion = list(csv.DictReader(out.open())), np.zeros((4, 4), int)
+    assert len(rows) == 90
+    for row in rows:
+        probs = [float(row[name]) for name in phantom.CLASS_NAMES]
+        assert abs(sum(probs) - 1) < 1e-4
+        folder = folders.index(row["image"].split("/")[0])
+        confusion[folder, np.argmax(probs)] += folder != 1
+    assert confusion.tolist() == found["arms"]["guided"]["confusion"]
+    (tmp_path / "photos/NV/cut.png").write_bytes(b"\x89PNG")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", ["classifier.py", *arguments])
+        classifier.main()
+    said = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "NV/cut.png cannot be decoded" in said[-1]
+    assert said[-1].startswith("classifier.py: ")
+
+
+def test_published_weights_start_students_and_guide(tmp_path, capsys):
+    torch.save(weights("resnet18"), tmp_path / "w.pth")
+    overrides = ["classifier.network=resnet18", f"classifier.weights={tmp_path / 'w.pth'}"]
+    e = loop.Experiment(configuration.load(TINY, overrides), RunFolder(tmp_path))
+    e.prepare()
+    x = torch.zeros(2, 3, 16, 16)
+    guide, students = e.new_resnet(1, noise_levels=50), [e.new_resnet(s) for s in (1, 2)]
+    assert guide(x, torch.tensor([0, 9])).shape == students[0](x).shape == (2, 4)
+    for network in (guide, *students):
+        assert torch.equal(network.conv1.weight, weights("resnet18")["conv1.weight"])
+    assert not torch.equal(students[0].fc.weight, students[1].fc.weight)
+    (tmp_path / "w.pth").write_bytes(b"no weights")
+    capsys.readouterr()
+    go(tmp_path, ["--config", str(TINY), "--set", overrides[0], "--set", overrides[1]], status=2)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loop.py")]
+    assert len(said) == 1 and "classifier.weights" in said[0] and "w.pth" in said[0]
 
 
 # ---- parts ------------------------------------------------------------------------------------
@@ -183,6 +311,45 @@ def test_mining_takes_the_wrong_and_unsure_and_the_cells_by_turns(experiment):
     with pytest.raises(data.DataError, match="loop.margin"):
         probs[hard, train.labels[hard]] = 0.9
         experiment.mine(train, probs, 5, 1)
+
+
+def test_targets_by_group_fill_the_rarest_cell_first(experiment):
+    train = experiment.train
+    real = np.zeros((4, 6), int)
+    np.add.at(real, (train.labels, train.groups), 1)
+    for count in (30, 200):
+        parents, targets = experiment.even_out(None, count, 1)
+        filled = real.copy()
+        for parent, target in zip(parents, targets):
+            y = train.labels[parent]
+            assert filled[y, target] == filled.min() and train.groups[parent] != target
+            filled[y, target] += 1
+        assert len({*zip(parents, targets)}) == len(parents) == count
+    # what an earlier round added counts as well
+    rare = np.argwhere(real == real.min())[0]
+    added = train.subset(np.flatnonzero(train.labels == rare[0])[:1].repeat(50))
+    added = loop.replace(added, groups=np.full(50, rare[1]))
+    parents, targets = experiment.even_out(added, 30, 1)
+    assert not ((train.labels[parents] == rare[0]) & (targets == rare[1])).any()
+    # without groups the classes even out, each parent at most CHILDREN times
+    experiment.train = loop.replace(train, groups=np.full(len(train), -1), group_names=())
+    parents, targets = experiment.even_out(None, 60, 1)
+    assert (targets == -1).all() and np.bincount(parents).max() <= loop.CHILDREN
+    filled = np.bincount(train.labels) + np.bincount(train.labels[parents], minlength=4)
+    assert filled.max() - filled.min() > 1 and np.ptp(np.sort(filled)[:2]) <= 1
+
+
+def test_hard_cases_and_groups_halve_a_round(experiment):
+    train, chosen = experiment.train, {}
+    probs = np.full((len(train), 4), 0.25, np.float32)
+    for aim in ("hard", "groups", "both"):
+        experiment.config = loop.replace(experiment.config, guidance=loop.replace(
+            experiment.config.guidance, targets=aim))
+        chosen[aim] = np.stack(experiment.choose(1, probs, None, 41), 1)
+    assert (chosen["hard"][:, 0] == experiment.mine(
+        train, probs, 41, experiment.seed("mine", 1))).all()
+    assert chosen["both"].shape == (42, 2) and (chosen["groups"][:21] == chosen["both"][1::2]).all()
+    assert (chosen["both"][::2, 0] == chosen["hard"][:21, 0]).all()
 
 
 def test_strangers_share_cell_and_repetition_and_nothing_else(experiment):
@@ -270,6 +437,11 @@ def test_sets_are_compared_at_the_same_mixture(experiment):
     for cell in np.unique(a.labels * 10 + a.groups):
         fewer = min(((s.labels * 10 + s.groups) == cell).sum() for s in (a, b))
         assert (cells[0] == cell).sum() == fewer
+    none = loop.replace(b, groups=np.full(len(b), -1))      # knows no groups: classes alone
+    chosen = loop.same_mixture([a, none], 0)
+    fewer = np.minimum(np.bincount(a.labels), np.bincount(b.labels))
+    for s, i in zip((a, none), chosen):
+        assert (np.bincount(s.labels[i], minlength=4) == fewer).all()
 
 
 def test_balanced_accuracy_by_hand():
