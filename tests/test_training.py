@@ -72,6 +72,11 @@ def test_seeded_networks_and_the_global_state():
     assert torch.equal(a.weight, b.weight) and not torch.equal(a.weight, c.weight)
 
 
+def pick(generator):
+    """A batch of the one image there is."""
+    return torch.zeros(1, dtype=torch.int64)
+
+
 # ---- the learning rate --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("steps", [1, 5, 100, 1600])
@@ -90,7 +95,7 @@ def test_fit_walks_as_far_as_the_learning_rates_say():
     """On a constant gradient Adam moves by exactly the learning rate; decay shrinks the weight."""
     network = nn.Linear(1, 1, bias=False)
     nn.init.constant_(network.weight, 2.0)
-    fit(network, lambda generator: 3 * network.weight.sum(), steps=30, lr=0.01, seed=0,
+    fit(network, pick, lambda *_: 3 * network.weight.sum(), steps=30, lr=0.01, seed=0,
         weight_decay=0.1)
     w = 2.0
     for k in range(30):
@@ -104,7 +109,7 @@ def test_fit_cuts_a_long_gradient_to_length_1():
     def path(huge):
         network, step = nn.Linear(1, 1, bias=False), iter(range(40))
         nn.init.constant_(network.weight, 0.0)
-        fit(network, lambda generator: network.weight.sum() * (huge if next(step) == 5 else 1.0),
+        fit(network, pick, lambda *_: network.weight.sum() * (huge if next(step) == 5 else 1.0),
             steps=40, lr=0.01, seed=0)
         return network.weight.item()
     assert path(1e6) == pytest.approx(path(1.0), abs=1e-5)
@@ -113,10 +118,10 @@ def test_fit_cuts_a_long_gradient_to_length_1():
 # ---- fit ----------------------------------------------------------------------------------------
 
 def run(network, ema=None, **arguments):
-    def loss_fn(generator):
+    def loss_fn(batch, generator, part):
         x = torch.randn(6, 3, 4, 4, generator=generator)
         return (network(x)[:, 0] - x.mean((1, 2, 3))).square().mean()
-    return fit(network, loss_fn, steps=70, lr=0.01, seed=4, ema=ema, **arguments)
+    return fit(network, pick, loss_fn, steps=70, lr=0.01, seed=4, ema=ema, **arguments)
 
 
 @pytest.mark.parametrize("with_ema", [False, True])
@@ -153,33 +158,33 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(with_ema):
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(bad, value):
     network, calls = nn.Linear(1, 1), []
 
-    def loss_fn(generator):
+    def loss_fn(batch, generator, part):
         calls.append(1)
         return network.weight.sum() * (float(value) if len(calls) == bad + 1 else 1.0)
     with pytest.raises(FloatingPointError, match=f"(nan|inf) at step {bad} of 45"):
-        fit(network, loss_fn, steps=45, lr=0.01, seed=0)
+        fit(network, pick, loss_fn, steps=45, lr=0.01, seed=0)
     assert len(calls) <= bad + 20
 
 
 def test_no_state_is_saved_once_the_loss_is_not_finite():
     network, calls, saved = nn.Linear(1, 1), [], []
 
-    def loss_fn(generator):
+    def loss_fn(batch, generator, part):
         calls.append(1)
         return network.weight.sum() * (math.nan if len(calls) == 30 else 1.0)
     with pytest.raises(FloatingPointError):
-        fit(network, loss_fn, steps=60, lr=0.01, seed=0, save=lambda s: saved.append(s["step"]),
-            save_every=20)
+        fit(network, pick, loss_fn, steps=60, lr=0.01, seed=0, save_every=20,
+            save=lambda s: saved.append(s["step"]))
     assert saved == [20]
 
 
 def test_progress_is_the_mean_loss_of_20_steps_and_the_modes_are_right():
     network, modes, told, k = nn.Linear(1, 1), [], [], iter(range(50))
 
-    def loss_fn(generator):
+    def loss_fn(batch, generator, part):
         modes.append(network.training)
         return 0 * network.weight.sum() + next(k)
-    history = fit(network.eval(), loss_fn, steps=50, lr=0.01, seed=0,
+    history = fit(network.eval(), pick, loss_fn, steps=50, lr=0.01, seed=0,
                   on_step=lambda *seen: told.append(seen))
     assert history == [9.5, 29.5, 44.5]
     assert told == [(20, 50, 9.5), (40, 50, 29.5), (50, 50, 44.5)]
@@ -191,10 +196,10 @@ def test_fit_draws_from_its_seed_alone():
         network = nn.Linear(1, 1, bias=False)
         seen = []
 
-        def loss_fn(generator):
+        def loss_fn(batch, generator, part):
             seen.append(torch.rand(1, generator=generator).item())
             return network.weight.sum()
-        fit(network, loss_fn, steps=5, lr=0.0, seed=seed)
+        fit(network, pick, loss_fn, steps=5, lr=0.0, seed=seed)
         return seen
     assert first(1) == first(1) and not set(first(1)) & set(first(2))
     assert first(1) == [torch.rand(1, generator=step_generator(1, k)).item() for k in range(5)]
