@@ -140,7 +140,8 @@ def train(network: ResNet, images: Tensor, labels: Tensor, weights: Tensor, *, s
     jitter: strength of `jitter_colour`. `progress` goes to training.fit. Returns the loss history.
     """
     # The sampling table is drawn from by search in its cumulative sum: exact, and fast for any N.
-    table = (weights.double() / weights.double().sum()).cumsum(0)
+    # Summed on the CPU: a GPU has no deterministic cumulative sum.
+    table = (weights.double() / weights.double().sum()).cpu().cumsum(0).to(images.device)
 
     def pick(generator):
         u = torch.rand(batch, generator=generator, device=images.device, dtype=torch.float64)

@@ -13,6 +13,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -75,6 +76,8 @@ class Experiment:
         self.config, self.run = config, run
         self.device = pick_device(config.loop.device)
         self.bf16 = pick_bf16(config.loop.bf16, self.device)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # wanted by the next line
+        torch.use_deterministic_algorithms(config.loop.deterministic)
         self.arms = [a for a in ARMS if a in config.loop.arms or "all" in config.loop.arms]
 
     # ---- data ------------------------------------------------------------------------------------
