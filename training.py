@@ -99,9 +99,9 @@ def fit(network: nn.Module, pick: Callable[[torch.Generator], Tensor],
                                     slice(k, None, parts)) for k in range(parts))
             except torch.OutOfMemoryError:
                 size = len(pick(step_generator(seed, step, device)))
-                if size < 2 * parts:
+                if parts == size:
                     raise
-                parts *= 2
+                parts = min(2 * parts, size)
                 print(f"out of memory in step {step}: from here on {-(-size // parts)} images at a "
                       f"time, {parts} times a step", file=sys.stderr)
         norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0, foreach=True)

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import ddpm
 from ddpm import EMA
 from training import (fit, learning_rate, random_turn, seeded, step_generator, to_float, to_uint8)
+from unet import UNet
 
 
 # ---- pixels -------------------------------------------------------------------------------------
@@ -151,6 +153,84 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(with_ema):
         if with_ema:
             assert again_ema.updates == ema.updates == 70
             assert all(torch.equal(again_ema.shadow[k], v) for k, v in ema.shadow.items())
+
+
+def test_a_loss_that_is_not_finite_names_the_images_of_its_batch():
+    network, names, seen = nn.Linear(1, 1), np.array([f"image-{i}" for i in range(90)]), []
+
+    def draw(generator):
+        return torch.randint(90, (5,), generator=generator)
+
+    def loss_fn(batch, generator, part):
+        seen.append(names[batch].tolist())
+        return network.weight.sum() * (math.nan if len(seen) == 8 else 1.0)
+    with pytest.raises(FloatingPointError) as error:
+        fit(network, draw, loss_fn, steps=20, lr=0.0, seed=3, names=names)
+    assert str(error.value).endswith(f"at step 7 of 20, on the images {', '.join(seen[7])}")
+
+
+def test_a_gradient_that_is_not_finite_is_never_saved():
+    """sqrt has the value 0 and an infinite slope at 0: the loss looks well, the weights are lost."""
+    network, saved = nn.Linear(1, 1, bias=False), []
+    nn.init.zeros_(network.weight)
+    with pytest.raises(FloatingPointError, match="at step 0 of 40"):
+        fit(network, pick, lambda *_: network.weight.abs().sqrt().sum(), steps=40, lr=0.01, seed=0,
+            save=saved.append, save_every=20)
+    assert not saved
+
+
+@pytest.mark.parametrize("limit", [3, 1])
+def test_out_of_memory_gives_the_same_optimisation_in_parts(limit, capsys):
+    """A batch of 10 where 3 images, or 1, are all that fit, against one in which 10 do."""
+    images = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(40) % 3
+
+    def trained(most):
+        network, whole = seeded(1, lambda: UNet(8, 3, 2, 16, (1, 2), 1, 4, 1)), UNet.forward
+        sizes = []
+
+        def forward(x, *rest):
+            sizes.append(len(x))
+            if len(x) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return whole(network, x, *rest)
+        network.forward = forward
+        history = ddpm.train(network, ddpm.Schedule(20), images, labels, labels % 2, steps=5,
+                             batch=10, lr=1e-3, ema_decay=0.5, prediction="v", drop=0.3, seed=5)
+        return network, history, sizes
+    (a, history_a, _), (b, history_b, sizes) = trained(10), trained(limit)
+    # tries of 10, then 5, then what fits; of 10 rows the parts differ in length by one at most
+    steps = 5 * ([3, 3, 2, 2] if limit == 3 else [1] * 10)
+    assert sizes == ([10, 5] if limit == 3 else [10, 5, 3, 2]) + steps
+    assert history_a == pytest.approx(history_b, rel=1e-5)
+    for one, other in zip(a.state_dict().values(), b.state_dict().values()):
+        assert torch.allclose(one, other, atol=1e-5)
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == (2 if limit == 3 else 4) and all("out of memory in step 0" in line
+                                                          for line in error)
+
+
+def test_one_image_that_does_not_fit_is_an_error():
+    def loss_fn(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(nn.Linear(1, 1), pick, loss_fn, steps=5, lr=0.0, seed=0)
+
+
+def test_threads_change_nothing_but_the_last_digits():
+    def trained(threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        network = seeded(1, lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4),
+                                                  nn.Flatten(), nn.Linear(16, 1)))
+        history = run(network)
+        torch.set_num_threads(before)
+        return network, history
+    (a, history_a), (b, history_b) = trained(1), trained(2)
+    assert history_a == pytest.approx(history_b, rel=1e-3)
+    for one, other in zip(a.state_dict().values(), b.state_dict().values()):
+        assert torch.allclose(one, other, atol=1e-3)
 
 
 @pytest.mark.parametrize("bad", [0, 7, 19, 27, 44])
