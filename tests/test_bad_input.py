@@ -219,7 +219,7 @@ def sixteen_bit():
 def bomb():
     head = b"IHDR" + struct.pack(">IIBBBBB", 63000, 63000, 8, 2, 0, 0, 0)
     return (b"\x89PNG\r\n\x1a\n\0\0\0\r" + head + struct.pack(">I", zlib.crc32(head))
-            + bytes(20))
+            + b"\0\0\0\x50IDAT" + bytes(100))
 
 
 IMAGES = [  # (name, content, None: decoded; or the hint of the refusal)

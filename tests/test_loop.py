@@ -2,7 +2,6 @@
 import csv
 import json
 import os
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +110,8 @@ def test_folders_without_groups_all_arms_two_rounds_and_the_leak_shown(tmp_path)
         Image.fromarray(image.transpose(1, 2, 0)).save(path)
     (tmp_path / "tiny.yaml").write_text(
         f"extends: {TINY}\n"
-        "data: {kind: folder, root: photos, malignant: [mel, bcc], val_fraction: 0.2}\n"
+        f"data: {{kind: folder, root: {tmp_path / 'photos'}, malignant: [mel, bcc], "
+        "val_fraction: 0.2}\n"
         "ddpm: {steps: 40}\nclassifier: {steps: 30, guide_steps: 20, jitter: [0.1, 0.5]}\n"
         "guidance: {start: parent, hardness_scale: 0.1, likeness_scale: 0.1, "
         "classifier_free: 1.5}\n"
@@ -125,6 +125,20 @@ def test_folders_without_groups_all_arms_two_rounds_and_the_leak_shown(tmp_path)
     assert all("val_balanced_accuracy" in r for r in results["rounds"])
     assert "optimistic: mined on the test set" in (folder / "report.md").read_text()
     assert results["jitter"]["chosen"] in (0.1, 0.5)
+    holds_no_place_or_name(folder, str(tmp_path))
+
+
+def holds_no_place_or_name(folder, place):
+    """But for its config, the run folder says nothing of where it was made."""
+    assert place in (folder / "config.yaml").read_text()
+    for path in (p for p in folder.rglob("*") if p.is_file() and p.name != "config.yaml"):
+        content = path.read_bytes()
+        if path.suffix == ".npz":
+            with np.load(path) as arrays:
+                content = "".join(str(arrays[k].tolist()) for k in arrays.files
+                                  if arrays[k].dtype.kind == "U").encode()
+        for secret in (place, str(HERE), f"{Path.home()}/"):
+            assert secret.encode() not in content, (path, secret)
 
 
 # ---- parts ------------------------------------------------------------------------------------
@@ -210,6 +224,69 @@ def test_a_turned_copy_is_found(experiment):
         distance, index = experiment.nearest(np.ascontiguousarray(turned))
         assert np.allclose(distance, 0, atol=1e-3)
         assert (experiment.train.images[index] == images).all()
+
+
+def test_near_copies_of_training_images_are_never_written(experiment, monkeypatch):
+    """Every other image that is made is its parent, one grey level off and turned."""
+    e, noise = experiment, np.random.default_rng(0)
+
+    def synthesise(parents, *_, **__):
+        images = noise.integers(0, 256, parents.images.shape, dtype=np.uint8)
+        images[::2] = np.rot90(parents.images[::2], axes=(2, 3)).clip(0, 254) + 1
+        made.append(images)
+        return images, np.ones(len(images), bool), 0
+
+    def predict(network, images):                   # the judge agrees, the students are unsure
+        probs = np.full((len(images), 4), 0.25, np.float32)
+        return probs + np.eye(4, dtype=np.float32)[labels[0]] if network == "judge" else probs
+    made, labels = [], [None]
+    mine = e.mine
+
+    def mined(*arguments):
+        chosen = mine(*arguments)
+        labels[0] = e.train.labels[chosen]
+        return chosen
+    for name, value in (("synthesise", synthesise), ("predict", predict), ("mine", mined),
+                        ("student", lambda name, *_: name)):
+        monkeypatch.setattr(e, name, value)
+    e.jitter = 0.1
+    e.train_judge()
+    entry = e.round(1, None)["entry"]
+    written = [np.asarray(Image.open(p)).transpose(2, 0, 1)
+               for p in e.run.folder.glob("synthetic/*/*/*.png")]
+    assert entry["dropped"]["copy"] >= len(made[0][::2]) and len(written) == entry["kept"] > 20
+    assert e.nearest(np.stack(written))[0].min() > e.copy_distance
+    copies = {image.tobytes() for image in made[0][::2]}
+    assert not copies & {image.tobytes() for image in written}
+
+
+def test_the_batch_size_of_sampling_and_the_threads_change_last_digits_alone(experiment,
+                                                                             monkeypatch):
+    e, threads = experiment, torch.get_num_threads()
+    e.unet, e.guide = e.new_unet(1), e.new_resnet(1, noise_levels=e.config.ddpm.T).eval()
+    e.students = [e.new_resnet(2).eval()]
+    with torch.no_grad():
+        for i, weight in enumerate(e.unet.parameters()):        # untrained, its last layer is 0
+            weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
+    parents = e.train.subset(np.arange(20))
+
+    def images():
+        return e.synthesise(parents, e.targets(parents, 0), np.arange(20))[0].astype(int)
+    whole = images()
+    monkeypatch.setattr(loop, "CHUNK", 3)
+    in_parts = images()
+    assert whole.std() > 10 and abs(whole - in_parts).max() <= 2
+    assert (whole != in_parts).mean() < 0.05
+
+    x, none = loop.to_float(e.tensor(parents.images)), torch.zeros(20, dtype=torch.int64)
+    found = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        with torch.no_grad():
+            found.append(torch.cat([e.unet(x, none, none, none).flatten(),
+                                    e.students[0](x).flatten()]))
+    torch.set_num_threads(threads)
+    assert torch.allclose(*found, atol=1e-4)
 
 
 def test_targets_are_any_group_but_the_own(experiment):
