@@ -76,8 +76,9 @@ class Experiment:
         self.config, self.run = config, run
         self.device = pick_device(config.loop.device)
         self.bf16 = pick_bf16(config.loop.bf16, self.device)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # wanted by the next line
-        torch.use_deterministic_algorithms(config.loop.deterministic)
+        if config.loop.deterministic:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"       # wanted by the next line
+            torch.use_deterministic_algorithms(True)
         self.arms = [a for a in ARMS if a in config.loop.arms or "all" in config.loop.arms]
 
     # ---- data ------------------------------------------------------------------------------------
@@ -789,7 +790,8 @@ def owner(config: Config, splits: dict[str, ImageSet]) -> str:
     """A word for all that a checkpoint depends on: the config but for how it is scored and where
     the data lie, and the data themselves."""
     matters = config.as_dict()
-    del matters["evaluate"], matters["data"]["root"], matters["loop"]["device"]
+    del matters["data"]["root"], matters["loop"]["device"]
+    matters["evaluate"] = config.evaluate.oracle
     digest = hashlib.sha256(json.dumps(matters, sort_keys=True).encode())
     for s in splits.values():
         for array in (s.images, s.labels, s.groups, s.folds, s.sources):

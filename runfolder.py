@@ -190,7 +190,7 @@ class RunFolder:
             else:
                 try:
                     return torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
-                except (pickle.UnpicklingError, RuntimeError):
+                except pickle.UnpicklingError:
                     problem = "it holds more than tensors, numbers and text"
             os.replace(path, path.with_suffix(".bad"))
             print(f"{path}: {problem}; set aside as {path.stem}.bad, going on from what was before",

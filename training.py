@@ -112,12 +112,11 @@ def fit(network: nn.Module, pick: Callable[[torch.Generator], Tensor],
         if (step + 1) % 20 == 0 or step + 1 == steps:        # one wait for the GPU in 20 steps
             losses = torch.stack(recent).float().cpu()
             if not losses.isfinite().all():
-                bad = int((~losses.isfinite()).nonzero()[0])
-                at = step + 1 - len(recent) + bad
+                at = step + 1 - len(recent) + int((~losses.isfinite()).nonzero()[0])
                 batch = pick(step_generator(seed, at, device)).cpu().numpy()
                 images = ", ".join(map(str, batch if names is None else names[batch]))
-                raise FloatingPointError(f"the loss or its gradient was {losses[bad].item()} at "
-                                         f"step {at} of {steps}, on the images {images}")
+                raise FloatingPointError("the loss or its gradient was not finite at step "
+                                         f"{at} of {steps}, on the images {images}")
             history.append(losses.mean().item())
             recent = []
             if on_step is not None:

@@ -57,8 +57,8 @@ def ledger(count: int) -> None:
                             sources=np.array([f"image-{i}" for i in range(1000)]), folds=few % 3)
     made = SimpleNamespace(parents=few, targets=np.full(count, -1), judge=np.ones(count),
                            distance=np.ones(count), seeds=np.arange(count), images=few)
-    run = SimpleNamespace(folder=Path("."))
-    loop.Experiment.write_synthetic(SimpleNamespace(train=train, run=run), 1, made, np.arange(count))
+    experiment = SimpleNamespace(train=train, run=SimpleNamespace(folder=Path(".")))
+    loop.Experiment.write_synthetic(experiment, 1, made, np.arange(count))
     with open("synthetic/round_1/synthetic.csv") as file:
         assert sum(1 for _ in file) == count + 1
 

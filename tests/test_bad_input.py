@@ -23,7 +23,7 @@ TINY = HERE / "configs/tiny.yaml"
 
 @pytest.fixture
 def front_door(tmp_path, monkeypatch, capsys):
-    """front_door(arguments) -> the one line, or the splits where there is nothing to complain of."""
+    """front_door(arguments) -> the one line, or the splits if there is nothing to complain of."""
     monkeypatch.chdir(tmp_path)
     found = []
 
@@ -50,7 +50,7 @@ MORE_OVERRIDES = [
     ("ddpm.steps={a: 5}", "ddpm.steps", "whole number"), ("ddpm.steps=5e3", "ddpm.steps", "5e3"),
     ("ddpm.steps=1_0.5", "ddpm.steps", "10.5"), ("ddpm.steps=-3", "ddpm.steps", "at least 1"),
     ("ddpm.steps=2001-12-14", "ddpm.steps", "date"), ("ddpm.steps=2001-13-45", "--set", "month"),
-    ("ddpm.batch=1", "ddpm.batch", "between"), ("ddpm.batch=1000000000000", "ddpm.batch", "between"),
+    ("ddpm.batch=1", "ddpm.batch", "between"), ("ddpm.batch=1000000000", "ddpm.batch", "between"),
     (f"ddpm.lr={10 ** 400}", "ddpm.lr", "finite"), ("ddpm.lr=1e400", "ddpm.lr", "text"),
     ("ddpm.lr=1,5", "ddpm.lr", "'1,5'"), ("ddpm.lr=2", "ddpm.lr", "between"),
     ("ddpm.ema=1", "ddpm.ema", "between"), ("ddpm.T=9", "ddpm.T", "between"),
@@ -179,7 +179,8 @@ TABLES = [  # (name, content, hint of the refusal or None: read as documented)
     ("dx in capitals", lines("L02,I02,NV\n"), "NV"), ("two rows", WHOLE + LINES[0], "twice"),
     ("no such image", lines("L02,I99,nv\n"), "I99"), ("extension", lines("L02,I02.jpg,nv\n"),
                                                       "I02.jpg"),
-    ("up and out", lines("L02,../I02,nv\n"), "../I02"), ("absolute", lines("L02,/I02,nv\n"), "/I02"),
+    ("up and out", lines("L02,../I02,nv\n"), "../I02"),
+    ("absolute", lines("L02,/I02,nv\n"), "/I02"),
     ("a zero byte", lines("L02,I\0,nv\n"), "root"), ("two labels of a lesion",
                                                     lines("L01,I02,nv\n"), "L01"),
     ("one class", COLUMNS + "".join(LINES[1::7]), "'akiec' has 0 lesion"),
@@ -233,7 +234,8 @@ IMAGES = [  # (name, content, None: decoded; or the hint of the refusal)
     ("one pixel", lambda: encoded(picture(size=(1, 1))), None),
     ("one pixel high", lambda: encoded(picture(size=(400, 1))), None),
     ("20,000 pixels wide", lambda: encoded(picture(size=(20000, 2))), None),
-    ("a bomb of 4,000,000,000 pixels", bomb, "pixels"), ("empty", lambda: b"", "I02"), ("text", lambda: b"no image", "I02"),
+    ("a bomb of 4,000,000,000 pixels", bomb, "pixels"), ("empty", lambda: b"", "I02"),
+    ("text", lambda: b"no image", "I02"),
     ("zeros", lambda: bytes(5000), "I02"), ("html", lambda: b"<html>404</html>", "I02"),
     ("cut in half", lambda: encoded(picture(size=(200, 160)))[:3000], "I02"),
     ("its head alone", lambda: encoded(picture())[:20], "I02"),

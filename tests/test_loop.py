@@ -289,6 +289,14 @@ def test_the_batch_size_of_sampling_and_the_threads_change_last_digits_alone(exp
     assert torch.allclose(*found, atol=1e-4)
 
 
+def test_determinism_is_asked_of_torch_where_the_config_says_so(tmp_path):
+    try:
+        loop.Experiment(configuration.load(TINY, ["loop.deterministic=true"]), RunFolder(tmp_path))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_targets_are_any_group_but_the_own(experiment):
     train = experiment.train
     drawn = np.stack([experiment.targets(train, seed) for seed in range(200)])
