@@ -739,8 +739,9 @@ def margins(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def thumbnails(images: np.ndarray, side: int = 16) -> np.ndarray:
     """uint8 (N, 3, S, S) averaged down to float32 (N, 3, side, side): near-copies differ in noise,
     not here. Scaled so that distances are root mean square grey levels."""
-    x = torch.cat([torch.nn.functional.adaptive_avg_pool2d(part.float(), side)
-                   for part in torch.tensor(images).split(1000)])       # bounds memory
+    x = torch.cat([torch.nn.functional.adaptive_avg_pool2d(
+        torch.tensor(images[i:i + 1000]).float(), side)
+        for i in range(0, max(1, len(images)), 1000)])
     return x.numpy() / (3 * side * side) ** 0.5
 
 
@@ -795,7 +796,8 @@ def owner(config: Config, splits: dict[str, ImageSet]) -> str:
     digest = hashlib.sha256(json.dumps(matters, sort_keys=True).encode())
     for s in splits.values():
         for array in (s.images, s.labels, s.groups, s.folds, s.sources):
-            digest.update(np.ascontiguousarray(array))
+            for i in range(0, len(s), 1000):
+                digest.update(np.ascontiguousarray(array[i:i + 1000]))
     return digest.hexdigest()[:16]
 
 

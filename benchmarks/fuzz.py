@@ -24,7 +24,8 @@ import loop
 HERE = Path(__file__).parents[1]
 ODD = [*" \n\t\0\r\ufeff\ud7ff/~-:?{}[]'\"|>#%@`,;", "", "\x1b[31m", "..", "*a", "&a ", "!!int ",
        "!!python/object:os.system ", "<<: ", "- ", ": ", "? ", "nan", ".nan", "-.inf", "1e-4",
-       "1e999", "-1", "0x", "010", "9" * 30, "9" * 5000, "true", "on", "null", "2001-02-30", "1:60", "---\n"]
+       "1e999", "-1", "0x", "010", "9" * 30, "9" * 5000, "true", "on", "null", "2001-02-30",
+       "1:60", "---\n"]
 
 
 def damaged(text: str, rng: random.Random) -> bytes:

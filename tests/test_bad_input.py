@@ -129,8 +129,8 @@ LINES = [f"L{i:02d},I{i:02d},{data.HAM_CLASSES[i % 7]}\n" for i in range(28)]   
 HAM = ("--config", TINY, "--set", "data.kind=ham10000", "--set", "data.root=root")
 
 
-def picture(mode="RGB", size=(20, 16)):
-    values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+def picture(mode="RGB", size=(20, 16), seed=99):
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(values).convert(mode)
 
 
@@ -144,7 +144,7 @@ def ham(text=None):
     """A HAM10000 of 4 lesions a class, a photograph each; `text` instead of its table."""
     Path("root").mkdir()
     for i in range(28):
-        Path(f"root/I{i:02d}.jpg").write_bytes(encoded(picture()))
+        Path(f"root/I{i:02d}.jpg").write_bytes(encoded(picture(seed=i)))
     text = COLUMNS + "".join(LINES) if text is None else text
     Path("root/HAM10000_metadata.csv").write_bytes(
         text if isinstance(text, bytes) else text.encode())
@@ -258,7 +258,7 @@ def folder(spoil):
     for i in range(20):
         path = Path(f"root/{'mel' if i % 2 else 'nv'}/{i:02d}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded(picture(), "PNG"))
+        path.write_bytes(encoded(picture(seed=i), "PNG"))
     spoil()
 
 

@@ -271,7 +271,8 @@ def test_the_batch_size_of_sampling_and_the_threads_change_last_digits_alone(exp
     parents = e.train.subset(np.arange(20))
 
     def images():
-        return e.synthesise(parents, e.targets(parents, 0), np.arange(20))[0].astype(int)
+        return np.stack([e.synthesise(parents, e.targets(parents, 0), np.arange(20), start=start)[0]
+                         for start in ("counterfactual", "noise")]).astype(int)
     whole = images()
     monkeypatch.setattr(loop, "CHUNK", 3)
     in_parts = images()
