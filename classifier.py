@@ -191,21 +191,22 @@ def train(network: ResNet, images: Tensor, labels: Tensor, weights: Tensor, *, s
     jitter: strength of `jitter_colour`. `progress` goes to training.fit. Returns the loss history.
     """
     # The sampling table is drawn from by search in its cumulative sum: exact, and fast for any N.
-    table = (weights.double() / weights.double().sum()).cumsum(0)
+    # Summed on the CPU: a GPU has no deterministic cumulative sum.
+    table = (weights.double() / weights.double().sum()).cpu().cumsum(0).to(images.device)
 
-    def loss_fn(generator):
+    def pick(generator):
         u = torch.rand(batch, generator=generator, device=images.device, dtype=torch.float64)
-        index = torch.searchsorted(table, u).clamp(max=len(table) - 1)
+        return torch.searchsorted(table, u).clamp(max=len(table) - 1)
+
+    def loss_fn(index, generator, part):
         x = random_turn(to_float(images[index]), generator)
         x = jitter_colour(x, jitter, generator)
-        if noise is None:
-            logits = network(random_shift(x, generator, max(1, x.shape[-1] // 16)))
-        else:
-            logits = network(*noise(x, generator))
-        return F.cross_entropy(logits, labels[index])
+        seen = (noise(x, generator) if noise is not None else
+                [random_shift(x, generator, max(1, x.shape[-1] // 16))])
+        return F.cross_entropy(network(*(a[part] for a in seen)), labels[index[part]])
 
-    return fit(network, loss_fn, steps=steps, lr=lr, seed=seed, device=images.device, bf16=bf16,
-               weight_decay=0.05, **progress)
+    return fit(network, pick, loss_fn, steps=steps, lr=lr, seed=seed, device=images.device,
+               bf16=bf16, weight_decay=0.05, **progress)
 
 
 def balanced_weights(labels: np.ndarray, cells: np.ndarray | None = None) -> np.ndarray:

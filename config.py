@@ -31,10 +31,10 @@ class Data:
     kind: str = within(choices=("phantom", "ham10000", "folder"))
     root: str
     size: int = within(16, 512)
-    seed: int = within(0)
-    train: int = within(40)
-    val: int = within(40)
-    test: int = within(40)
+    seed: int = within(0, 2 ** 32)
+    train: int = within(40, 10 ** 6)
+    val: int = within(40, 10 ** 6)
+    test: int = within(40, 10 ** 6)
     val_fraction: float = within(0.01, 0.5)
     test_fraction: float = within(0.01, 0.5)
     split_by: str = within(choices=("lesion", "image"))
@@ -57,7 +57,7 @@ class Ddpm:
     schedule: str = within(choices=("cosine", "linear"))
     prediction: str = within(choices=("v", "eps"))
     steps: int = within(1)
-    batch: int = within(2)
+    batch: int = within(2, 10 ** 5)
     lr: float = within(1e-7, 1)
     ema: float = within(0, 0.99999)
     drop: float = within(0, 0.9)
@@ -69,7 +69,7 @@ class Classifier:
     weights: str
     steps: int = within(1)
     guide_steps: int = within(1)
-    batch: int = within(2)
+    batch: int = within(2, 10 ** 5)
     lr: float = within(1e-7, 1)
     jitter: list[float] = within(0, 3, least=1)
 
@@ -91,14 +91,14 @@ class Guidance:
 @dataclass(frozen=True)
 class Evaluate:
     min_count: int = within(1)
-    draws: int = within(100)
-    oracle: int = within(100)
+    draws: int = within(100, 10 ** 6)
+    oracle: int = within(100, 10 ** 6)
     inception: str
 
 
 @dataclass(frozen=True)
 class Loop:
-    seed: int = within(0)
+    seed: int = within(0, 2 ** 32)
     seeds: int = within(1, 100)
     rounds: int = within(1, 20)
     arms: list[str] = within(choices=ARMS + ("all",), least=1)
@@ -109,6 +109,7 @@ class Loop:
     mine_from: str = within(choices=("train", "test"))
     device: str
     bf16: str = within(choices=("auto", "true", "false"))
+    deterministic: bool
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,17 @@ class Config:
 
 
 class Loader(yaml.SafeLoader):
-    """Safe yaml that refuses a key written twice: the plain one silently keeps the last."""
+    """Safe yaml of plain values only. A key written twice is refused: the plain loader silently
+    keeps the last; so are tags, which name types, and anchors, which can multiply without end."""
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        found = (event.anchor and f"&{event.anchor}" or getattr(event, "tag", None)
+                 or len(getattr(event, "value", "")) > 2000 and "a value of over 2,000 characters")
+        if found:
+            raise ConfigError(f"line {event.start_mark.line + 1}: {found} is not read here; write "
+                              "plain values")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -151,19 +162,19 @@ def parse(text: str, where: str):
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not yaml"
         raise ConfigError(f"{where}{line}: {problem}") from None
-    except ConfigError as error:
+    except (ValueError, RecursionError) as error:       # ours; an impossible date; too deep a list
         raise ConfigError(f"{where}: {error}") from None
 
 
 def read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     """The sections of a config file over those of the file that it `extends:`, unchecked."""
-    if path.resolve() in seen:
-        raise ConfigError(f"{path}: 'extends' goes round in a circle")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        here, text = path.resolve(), path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not utf-8 text"
         raise ConfigError(f"{path}: cannot be read ({reason})") from None
+    if here in seen:
+        raise ConfigError(f"{path}: 'extends' goes round in a circle")
     sections = parse(text, str(path))
     if not isinstance(sections, dict):
         raise ConfigError(f"{path}: wanted sections such as 'data:' with keys below them, found "
@@ -174,7 +185,7 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
         if not isinstance(parent, str):
             raise ConfigError(f"{path}: 'extends' must be the path of another config, "
                               f"found {parent!r}")
-        below = read(path.parent / parent, (*seen, path.resolve()))
+        below = read(path.parent / parent, (*seen, here))
     for name, section in sections.items():
         if not isinstance(section, dict):
             raise ConfigError(f"{path}: section '{name}' must hold keys, found {section!r}")
@@ -197,8 +208,8 @@ def checked(key: str, value, kind, rules: dict):
             raise ConfigError(f"{key}: the list is empty, give at least {rules['least']}")
         entry, = typing.get_args(kind)
         return [checked(f"{key}[{i}]", v, entry, rules) for i, v in enumerate(value)]
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+    if kind is float and type(value) is int:
+        value = float(str(value))       # of text, so that 400 digits are infinite and no error
     if kind is str and isinstance(value, bool):
         value = str(value).lower()
     if type(value) is not kind:
@@ -208,13 +219,13 @@ def checked(key: str, value, kind, rules: dict):
                 hint = f" (yaml reads {value} as text: write {float(value)!r} as 1.0e-4 is written)"
             except ValueError:
                 pass
-        word = {int: "a whole number", float: "a number", str: "text"}[kind]
+        word = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
         raise ConfigError(f"{key}: wanted {word}, found {value!r}{hint}")
     if kind is float and not math.isfinite(value):
         raise ConfigError(f"{key}: wanted a finite number, found {value!r}")
     low, high, choices = (rules.get(k) for k in ("low", "high", "choices"))
     if choices and value not in choices:
-        raise ConfigError(f"{key}: found '{value}', {nearest(value, choices)}")
+        raise ConfigError(f"{key}: found {value!r}, {nearest(value, choices)}")
     if low is not None and value < low or high is not None and value > high:
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ConfigError(f"{key}: wanted {bounds}, found {value!r}")

@@ -103,21 +103,24 @@ class Schedule:
 
 
 def loss(network: nn.Module, schedule: Schedule, x0: Tensor, y: Tensor, g: Tensor,
-         generator: torch.Generator, *, prediction: str = "v", drop: float = 0.1) -> Tensor:
+         generator: torch.Generator, part: slice = slice(None), *, prediction: str = "v",
+         drop: float = 0.1) -> Tensor:
     """The training loss: mean squared error of the predicted eps or v at a random noise level.
 
     Ho et al. 2020, Algorithm 1 and Eq. 14 (eps); Salimans & Ho 2022, Eq. 12 (v: its error weighs
     that of x0 by SNR + 1, so that the noisiest levels, where eps says nothing, are learnt too).
     With probability `drop` each, the class, the group, and both together are withheld (-1), so that
     one network is also the unconditional model: Ho & Salimans 2022 (arXiv 2207.12598).
-    x0: (B, 3, H, W) in [-1, 1]; y, g: (B,) int64, -1 unknown. Returns a scalar.
+    x0: (B, 3, H, W) in [-1, 1]; y, g: (B,) int64, -1 unknown. part: the rows that count; what is
+    drawn is drawn for all. Returns a scalar.
     """
     B, device = len(x0), x0.device
     t = torch.randint(schedule.T, (B,), generator=generator, device=device)
     eps = torch.randn(x0.shape, generator=generator, device=device)
     told = torch.rand(3, B, generator=generator, device=device) >= drop
-    output = network(schedule.q_sample(x0, t, eps), t,
-                     torch.where(told[0] & told[2], y, -1), torch.where(told[1] & told[2], g, -1))
+    y, g = torch.where(told[0] & told[2], y, -1), torch.where(told[1] & told[2], g, -1)
+    x0, y, g, t, eps = (a[part] for a in (x0, y, g, t, eps))
+    output = network(schedule.q_sample(x0, t, eps), t, y, g)
     target = eps if prediction == "eps" else schedule.velocity(x0, t, eps)
     return (output - target).square().mean()
 
@@ -152,17 +155,19 @@ def train(network: nn.Module, schedule: Schedule, images: Tensor, labels: Tensor
     """Train on uint8 images (N, 3, H, W) and leave the EMA weights in `network`.
 
     labels, groups: (N,) int64. Images are turned and mirrored at random. `progress` goes to
-    training.fit (state, save, save_every, on_step). Returns the loss history.
+    training.fit (names, state, save, save_every, on_step). Returns the loss history.
     """
-    def loss_fn(generator):
-        index = torch.randint(len(images), (batch,), generator=generator, device=images.device)
+    def pick(generator):
+        return torch.randint(len(images), (batch,), generator=generator, device=images.device)
+
+    def loss_fn(index, generator, part):
         x0 = random_turn(to_float(images[index]), generator)
-        return loss(network, schedule, x0, labels[index], groups[index], generator,
+        return loss(network, schedule, x0, labels[index], groups[index], generator, part,
                     prediction=prediction, drop=drop)
 
     ema = EMA(network, ema_decay)
-    history = fit(network, loss_fn, steps=steps, lr=lr, seed=seed, device=images.device, bf16=bf16,
-                  ema=ema, **progress)
+    history = fit(network, pick, loss_fn, steps=steps, lr=lr, seed=seed, device=images.device,
+                  bf16=bf16, ema=ema, **progress)
     network.load_state_dict(ema.shadow)
     return history
 

@@ -83,6 +83,7 @@ class Finished:
         self.class_names = self.predictions["class_names"].tolist()
         self.arms = self.predictions["arms"].tolist()
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        self.run.owner = results["owner"]
         self.bf16 = results["environment"]["precision"] == "bf16"
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

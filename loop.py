@@ -11,8 +11,10 @@ chosen on val; judge; rounds of cross-fitting, mining, synthesis and filtering; 
 import argparse
 import csv
 import functools
+import hashlib
 import io
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -39,7 +41,8 @@ import pictures
 import report
 from config import ARMS, Config, ConfigError
 from data import DataError, ImageSet
-from runfolder import Progress, RunError, RunFolder, clock, new_folder, save_picture, write_bytes
+from runfolder import (Progress, RunError, RunFolder, clock, held, new_folder, save_picture,
+                       write_bytes)
 from training import seeded, to_float, to_uint8
 from unet import UNet
 
@@ -76,6 +79,9 @@ class Experiment:
         self.config, self.run = config, run
         self.device = pick_device(config.loop.device)
         self.bf16 = pick_bf16(config.loop.bf16, self.device)
+        if config.loop.deterministic:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"       # wanted by the next line
+            torch.use_deterministic_algorithms(True)
         self.arms = [a for a in ARMS if a in config.loop.arms or "all" in config.loop.arms
                      and (a != "external" or config.guidance.external)]
         # replay and recolour too: they hold the parents of what was generated
@@ -94,6 +100,7 @@ class Experiment:
         self.train = self.splits["train"]
         if "external" in self.arms:
             self.external = external.load_made(self.config.guidance.external, self.train, c.size)
+        self.run.owner = owner(self.config, self.splits)
         print(data.counts_table(self.splits))
         self.run.log("data", **{name: data.counts(s) for name, s in self.splits.items()})
         if not self.train.group_names and self.config.guidance.start == "counterfactual":
@@ -145,7 +152,7 @@ class Experiment:
         self.run.train("ddpm", self.unet, c.steps, lambda **progress: ddpm.train(
             self.unet, self.schedule, x, labels, groups, steps=c.steps, batch=c.batch, lr=c.lr,
             ema_decay=c.ema, prediction=c.prediction, drop=c.drop, seed=self.seed("ddpm"),
-            bf16=self.bf16, **progress))
+            bf16=self.bf16, names=self.train.sources, **progress))
 
         def noise(x0, generator):
             t = torch.randint(c.T, (len(x0),), generator=generator, device=x0.device)
@@ -156,7 +163,8 @@ class Experiment:
         weights = self.tensor(classifier.balanced_weights(self.train.labels))
         self.run.train("guide", self.guide, k.guide_steps, lambda **progress: classifier.train(
             self.guide, x, labels, weights, steps=k.guide_steps, batch=k.batch, lr=k.lr,
-            jitter=min(k.jitter), seed=self.seed("guide"), bf16=self.bf16, noise=noise, **progress))
+            jitter=min(k.jitter), seed=self.seed("guide"), bf16=self.bf16, noise=noise,
+            names=self.train.sources, **progress))
 
     def student(self, name: str, images: ImageSet, weights: np.ndarray, seed: int,
                 jitter: float) -> classifier.ResNet:
@@ -166,7 +174,7 @@ class Experiment:
         x, labels = self.tensor(images.images), self.tensor(images.labels)
         self.run.train(name, network, k.steps, lambda **progress: classifier.train(
             network, x, labels, self.tensor(weights), steps=k.steps, batch=k.batch, lr=k.lr,
-            jitter=jitter, seed=seed, bf16=self.bf16, **progress))
+            jitter=jitter, seed=seed, bf16=self.bf16, names=images.sources, **progress))
         return network
 
     def predict(self, network: classifier.ResNet, images) -> np.ndarray:
@@ -458,7 +466,11 @@ class Experiment:
         """synthetic/<class>/*.png, a folder data set, and synthetic.csv: what was kept of every
         round so far, and its origin."""
         folder = self.run.folder / "synthetic"
-        rows = [["image", "parent", "class", "group", "fold", "judge", "distance", "seed"]]
+        for name in self.train.class_names:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        text = io.StringIO()
+        ledger = csv.writer(text, lineterminator="\n")
+        ledger.writerow(["image", "parent", "class", "group", "fold", "judge", "distance", "seed"])
         for number, r in enumerate(rounds, start=1):
             made = r["made"]
             for i in r["kept"]:
@@ -468,11 +480,9 @@ class Experiment:
                 file = f"{name}/{number}_{i:05d}.png"
                 if not (folder / file).exists():
                     save_picture(folder / file, pictures.one(made.images[i]))
-                rows.append([file, self.train.sources[parent], name, group,
-                             self.train.folds[parent], f"{made.judge[i]:.4f}",
-                             f"{made.distance[i]:.2f}", made.seeds[i]])
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
+                ledger.writerow([file, self.train.sources[parent], name, group,
+                                 self.train.folds[parent], f"{made.judge[i]:.4f}",
+                                 f"{made.distance[i]:.2f}", made.seeds[i]])
         write_bytes(folder / "synthetic.csv", text.getvalue().encode())
 
     # ---- the arms --------------------------------------------------------------------------------
@@ -671,7 +681,8 @@ class Experiment:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **predictions)
         write_bytes(folder / "predictions.npz", buffer.getvalue())
-        results = {"format": 1, "name": folder.name, "config": c.as_dict(),
+        results = {"format": 1, "name": folder.name, "owner": self.run.owner,
+                   "config": report.private(c.as_dict()),
                    "environment": environment(self.device, self.bf16),
                    "splits": {name: data.counts(s) for name, s in self.splits.items()},
                    "jitter": {"chosen": self.jitter, "val_balanced_accuracy":
@@ -825,7 +836,9 @@ def margins(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def thumbnails(images: np.ndarray, side: int = 16) -> np.ndarray:
     """uint8 (N, 3, S, S) averaged down to float32 (N, 3, side, side): near-copies differ in noise,
     not here. Scaled so that distances are root mean square grey levels."""
-    x = torch.nn.functional.adaptive_avg_pool2d(torch.tensor(images).float(), side)
+    x = torch.cat([torch.nn.functional.adaptive_avg_pool2d(
+        torch.tensor(images[i:i + 1000]).float(), side)
+        for i in range(0, max(1, len(images)), 1000)])
     return x.numpy() / (3 * side * side) ** 0.5
 
 
@@ -871,6 +884,20 @@ def recoloured(train: ImageSet, parents: ImageSet, targets: np.ndarray,
     return bright.round().clip(0, 255).astype(np.uint8)
 
 
+def owner(config: Config, splits: dict[str, ImageSet]) -> str:
+    """A word for all that a checkpoint depends on: the config but for how it is scored and where
+    the data lie, and the data themselves."""
+    matters = config.as_dict()
+    del matters["data"]["root"], matters["loop"]["device"]
+    matters["evaluate"] = config.evaluate.oracle
+    digest = hashlib.sha256(json.dumps(matters, sort_keys=True).encode())
+    for s in splits.values():
+        for array in (s.images, s.labels, s.groups, s.folds, s.sources):
+            for i in range(0, len(s), 1000):
+                digest.update(np.ascontiguousarray(array[i:i + 1000]))
+    return digest.hexdigest()[:16]
+
+
 def pick_device(name: str) -> torch.device:
     """auto: CUDA if there, else the CPU."""
     if name not in ("auto", "cpu") and not name.startswith("cuda"):
@@ -883,6 +910,11 @@ def pick_device(name: str) -> torch.device:
         return device
     except Exception:       # torch raises its own mixture here: RuntimeError, AssertionError, ...
         raise ConfigError(f"loop.device: '{name}' is not to be had; write auto or cpu") from None
+
+
+def spoken(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return f"{device.type} ({name})"
 
 
 def pick_bf16(choice: str, device: torch.device) -> bool:
@@ -902,9 +934,8 @@ def environment(device: torch.device, bf16: bool) -> dict:
                                 capture_output=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {"python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__, "device": f"{device.type} ({name})",
+            "numpy": np.__version__, "device": spoken(device),
             "threads": torch.get_num_threads(), "precision": "bf16" if bf16 else "fp32",
             "commit": commit}
 
@@ -917,7 +948,7 @@ def main(argv: list[str] | None = None) -> int:
     which.add_argument("--resume", metavar="runs/NAME", help="go on with a run that was stopped")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     arguments = parser.parse_args(argv)
-    folder = None
+    folder = device = None
     try:
         if arguments.resume:
             folder = Path(arguments.resume)
@@ -928,20 +959,26 @@ def main(argv: list[str] | None = None) -> int:
             config = configuration.load(folder / "config.yaml")
         else:
             config = configuration.load(arguments.config, arguments.set)
-            pick_device(config.loop.device)
+        device = spoken(pick_device(config.loop.device))
+        if not arguments.resume:
             folder = new_folder(Path("runs"), Path(arguments.config).stem)
             write_bytes(folder / "config.yaml",
                         yaml.safe_dump(config.as_dict(), sort_keys=False).encode())
-        Experiment(config, RunFolder(folder)).go()
+        with held(folder):
+            Experiment(config, RunFolder(folder)).go()
         return 0
-    except (ConfigError, DataError, RunError, FloatingPointError) as error:
-        print(f"loop.py: {error}", file=sys.stderr)
-        if folder and not arguments.resume and not any((folder / "checkpoints").glob("*")):
-            shutil.rmtree(folder)       # made a moment ago, and nothing in it yet
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nstopped; go on with: python loop.py --resume {folder}", file=sys.stderr)
-        return 130
+    except (ConfigError, DataError, RunError) as error:
+        problem, goes_on = str(error), False
+    except OSError as error:        # the disk is full, the folder is gone or may not be written to
+        problem, goes_on = f"{error.filename or folder}: {error.strerror or error}", True
+    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        problem, goes_on = f"{device}: {str(error).strip() or 'out of memory'}".split("\n")[0], True
+    if folder and not arguments.resume and not any((folder / "checkpoints").glob("*")):
+        shutil.rmtree(folder, ignore_errors=True)       # made a moment ago, and nothing in it yet
+    elif goes_on and folder and folder.exists():
+        problem += f"; what was finished is kept, go on with: python loop.py --resume {folder}"
+    print("loop.py:", " ".join(problem.split()), file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

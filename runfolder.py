@@ -1,19 +1,30 @@
 """What a run leaves on disk: stages that are done once, an event log, progress on the terminal.
 
 Every write goes to a temporary name, is flushed and then renamed, so that a file either is whole or
-is not there; a run that is stopped anywhere continues from the last whole file.
+is not there; a run that is stopped anywhere continues from the last whole file. That is why a
+signal can end the process at once, without waiting for a training step to return.
 """
+import contextlib
+import hashlib
 import io
 import json
 import os
+import pickle
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-FORMAT = 1          # of the checkpoints; another number is refused
+try:
+    import fcntl
+except ImportError:     # Windows: two processes on one run are not told apart
+    fcntl = None
+
+FORMAT = 2          # of the checkpoints; another number is not used
 
 
 class RunError(RuntimeError):
@@ -22,7 +33,7 @@ class RunError(RuntimeError):
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file that is either whole or absent, even if the power fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)        # no parents: a run folder that is gone stays gone
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         file.write(content)
@@ -48,6 +59,43 @@ def new_folder(root: Path, name: str) -> Path:
             return folder
         except FileExistsError:
             number += 1
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a run for this process alone, and let Ctrl-C and SIGTERM end it with one line.
+
+    The kernel drops the lock when the process ends, however it ends. A thread of its own hears the
+    signals, because Python's handlers wait for the main thread to return from torch.
+    Raises RunError if another process holds the run. Only in the main thread.
+    """
+    def listen():
+        for number in os.read(hears, 1):
+            print(f"\nstopped; go on with: python loop.py --resume {folder}", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(128 + number)          # nothing to tidy up: every file is whole or absent
+        os.close(hears)
+
+    with open(folder / "lock", "ab") as lock:
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{folder}: another process is at work on this run; wait for its end or "
+                           "stop it") from None
+        hears, tells = os.pipe()
+        os.set_blocking(tells, False)
+        signal.set_wakeup_fd(tells)
+        before = {number: signal.signal(number, lambda *_: None)
+                  for number in (signal.SIGINT, signal.SIGTERM)}
+        threading.Thread(target=listen, daemon=True).start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(-1)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            os.close(tells)                 # the listener reads the end and returns
 
 
 def clock(seconds: float) -> str:
@@ -86,10 +134,13 @@ class Progress:
 
 
 class RunFolder:
-    """runs/NAME: checkpoints/, pictures/, log.jsonl and the stages that are finished."""
+    """runs/NAME: checkpoints/, pictures/, log.jsonl and the stages that are finished.
+
+    owner: a word for the config and the data; a checkpoint of another owner is not used.
+    """
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.owner = folder, "anybody"
         self.checkpoints = folder / "checkpoints"
         self.checkpoints.mkdir(exist_ok=True)
 
@@ -100,21 +151,51 @@ class RunFolder:
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
+    def path(self, name: str) -> Path:
+        return self.checkpoints / f"{name}.pt"
+
+    def note(self, name: str, payload: bytes) -> bytes:
+        """The last line of a checkpoint: what it is, whose, and its checksum. torch.load reads the
+        file all the same: a zip archive may be followed by anything."""
+        checksum = hashlib.sha256(payload).hexdigest()
+        return f"checkpoint {FORMAT} {name} {self.owner} {checksum}".encode()
+
     def save(self, name: str, content: dict) -> None:
-        """A checkpoint: a dictionary of tensors, numbers, text and lists of them."""
+        """A checkpoint: a dictionary of tensors, numbers, text and lists of them. The one before it
+        is kept as name.previous."""
         buffer = io.BytesIO()
-        torch.save({"format": FORMAT, "content": content}, buffer)
-        write_bytes(self.checkpoints / f"{name}.pt", buffer.getvalue())
+        torch.save(content, buffer)
+        payload, path = buffer.getvalue(), self.path(name)
+        if path.exists():
+            os.replace(path, self.path(f"{name}.previous"))
+        write_bytes(path, payload + b"\n" + self.note(name, payload))
 
     def load(self, name: str, device="cpu") -> dict | None:
-        """What `save` was given, or None if there is no such checkpoint."""
-        path = self.checkpoints / f"{name}.pt"
-        if not path.exists():
-            return None
-        stored = torch.load(path, map_location=device, weights_only=True)
-        if not isinstance(stored, dict) or stored.get("format") != FORMAT:
-            raise RunError(f"{path}: no checkpoint of format {FORMAT}; delete it to make it anew")
-        return stored["content"]
+        """What `save` was last given, or None if there is no good checkpoint of that name.
+
+        One that is truncated, damaged or foreign is named on stderr and set aside as *.bad; the one
+        before it is used.
+        """
+        for path in (self.path(name), self.path(f"{name}.previous")):
+            if not path.exists():
+                continue
+            payload, _, found = path.read_bytes().rpartition(b"\n")
+            words, wanted = found.split(b" "), self.note(name, payload).split(b" ")
+            if len(words) != len(wanted) or words[:2] != wanted[:2]:
+                problem = f"no whole checkpoint of format {FORMAT}"
+            elif words[2:4] != wanted[2:4]:
+                problem = "it belongs to another stage, another config or other data"
+            elif words != wanted:
+                problem = "it is damaged, its checksum does not fit"
+            else:
+                try:
+                    return torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
+                except pickle.UnpicklingError:
+                    problem = "it holds more than tensors, numbers and text"
+            os.replace(path, path.with_suffix(".bad"))
+            print(f"{path}: {problem}; set aside as {path.stem}.bad, going on from what was before",
+                  file=sys.stderr)
+        return None
 
     def stage(self, name: str, compute: Callable[[Progress], dict]) -> dict:
         """compute(progress)'s result, stored; on a resumed run what was stored, not computed."""
@@ -129,20 +210,28 @@ class RunFolder:
         return content
 
     def train(self, name: str, network: torch.nn.Module, steps: int, fit: Callable) -> None:
-        """Train `network` by fit(state=, save=, save_every=, on_step=) once, resuming midway."""
-        device = next(network.parameters()).device
+        """Train `network` by fit(state=, save=, save_every=, on_step=) once, resuming midway.
+
+        Raises RunError if the loss is not finite, naming the last good checkpoint.
+        """
+        device, partial = next(network.parameters()).device, f"{name}.partial"
 
         def compute(progress):
-            state = self.load(f"{name}.partial", device)
+            state = self.load(partial, device)
             progress.first = 0 if state is None else state["step"]
 
             def on_step(step, total, loss):
                 self.log("loss", stage=name, step=step, loss=loss)
                 progress(step, total, f"loss {loss:.4f}")
-            fit(state=state, save=lambda s: self.save(f"{name}.partial", s),
-                save_every=max(100, steps // 10 // 20 * 20), on_step=on_step)
+            try:
+                fit(state=state, save=lambda s: self.save(partial, s),
+                    save_every=max(100, steps // 10 // 20 * 20), on_step=on_step)
+            except FloatingPointError as error:
+                good = self.path(partial) if self.path(partial).exists() else "none yet"
+                raise RunError(f"{name}: {error}; last good checkpoint: {good}") from None
             return {"network": network.state_dict()}
         stored = self.stage(name, compute)
         network.load_state_dict(stored["network"])
         network.eval()
-        (self.checkpoints / f"{name}.partial.pt").unlink(missing_ok=True)
+        for old in (partial, f"{partial}.previous"):
+            self.path(old).unlink(missing_ok=True)

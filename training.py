@@ -5,6 +5,7 @@ resumed equals one that is not, without any random state in the checkpoint.
 Sources: Loshchilov & Hutter 2019 (AdamW, arXiv 1711.05101); 2017 (cosine, arXiv 1608.03983).
 """
 import math
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -55,23 +56,31 @@ def learning_rate(step: int, steps: int, lr: float, warmup: float = 0.1) -> floa
     return lr * 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, steps - start)))
 
 
-def fit(network: nn.Module, loss_fn: Callable[[torch.Generator], Tensor], *, steps: int, lr: float,
+def fit(network: nn.Module, pick: Callable[[torch.Generator], Tensor],
+        loss_fn: Callable[[Tensor, torch.Generator, slice], Tensor], *, steps: int, lr: float,
         seed: int, device: torch.device | str = "cpu", bf16: bool = False,
-        weight_decay: float = 0.01, ema=None, state: dict | None = None,
-        save: Callable[[dict], None] | None = None, save_every: int = 200,
+        weight_decay: float = 0.01, ema=None, names: np.ndarray | None = None,
+        state: dict | None = None, save: Callable[[dict], None] | None = None,
+        save_every: int = 200,
         on_step: Callable[[int, int, float], None] | None = None) -> list[float]:
-    """Train `network` in place by AdamW on `loss_fn(generator)`, a scalar, for `steps` steps.
+    """Train `network` in place by AdamW for `steps` steps.
 
+    pick(generator) draws a batch, (B,) int64; loss_fn(batch, generator, part) draws whatever else
+    the batch needs and returns the mean loss of its rows `part`. Where the GPU's memory does not
+    hold all rows at once, parts follow each other and their gradients are added: the same
+    images, noise and steps, and the same gradient to rounding, unless the network has BatchNorm,
+    whose statistics are then those of a part.
+    names: (N,) what to call the images that `pick` draws from.
     ema: object with update(network), state_dict(), load_state_dict(), told after every step.
     state: what `save` was last given; training goes on from there. save(state) is called every
     `save_every` steps, a multiple of 20, and has to copy or write what it is given: training goes
     on in the same tensors. on_step(step, steps, mean loss since the last call) every 20 steps.
     Returns the mean loss of every block of 20 steps.
-    Raises FloatingPointError naming the step at which the loss was not finite.
+    Raises FloatingPointError naming the step at which the loss was not finite, and its images.
     """
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay,
                                   betas=(0.9, 0.99), fused=True)
-    first, history, recent = 0, [], []
+    first, history, recent, parts = 0, [], [], 1
     if state is not None:
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
@@ -82,21 +91,32 @@ def fit(network: nn.Module, loss_fn: Callable[[torch.Generator], Tensor], *, ste
     for step in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr)
-        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=bf16):
-            loss = loss_fn(step_generator(seed, step, device))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0, foreach=True)
+        loss = None
+        while loss is None:
+            optimizer.zero_grad(set_to_none=True)
+            try:
+                loss = sum(backward(pick, loss_fn, step_generator(seed, step, device), bf16,
+                                    slice(k, None, parts)) for k in range(parts))
+            except torch.OutOfMemoryError:
+                size = len(pick(step_generator(seed, step, device)))
+                if parts == size:
+                    raise
+                parts = min(2 * parts, size)
+                print(f"out of memory in step {step}: from here on {-(-size // parts)} images at a "
+                      f"time, {parts} times a step", file=sys.stderr)
+        norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0, foreach=True)
         optimizer.step()
         if ema is not None:
             ema.update(network)
-        recent.append(loss.detach())
+        recent.append(loss + 0 * norm)          # not finite if the gradient was not, else the loss
         if (step + 1) % 20 == 0 or step + 1 == steps:        # one wait for the GPU in 20 steps
             losses = torch.stack(recent).float().cpu()
-            bad = (~losses.isfinite()).nonzero()
-            if len(bad):
-                raise FloatingPointError(f"the loss was {losses[bad[0, 0]].item()} at step "
-                                         f"{step + 1 - len(recent) + bad[0, 0].item()} of {steps}")
+            if not losses.isfinite().all():
+                at = step + 1 - len(recent) + int((~losses.isfinite()).nonzero()[0])
+                batch = pick(step_generator(seed, at, device)).cpu().numpy()
+                images = ", ".join(map(str, batch if names is None else names[batch]))
+                raise FloatingPointError("the loss or its gradient was not finite at step "
+                                         f"{at} of {steps}, on the images {images}")
             history.append(losses.mean().item())
             recent = []
             if on_step is not None:
@@ -107,3 +127,13 @@ def fit(network: nn.Module, loss_fn: Callable[[torch.Generator], Tensor], *, ste
                       "ema": None if ema is None else ema.state_dict()})
     network.eval()
     return history
+
+
+def backward(pick, loss_fn, generator: torch.Generator, bf16: bool, part: slice) -> Tensor:
+    """Add the gradient of one part of a batch, weighted by its size. Returns its share of the loss.
+    """
+    with torch.autocast(generator.device.type, dtype=torch.bfloat16, enabled=bf16):
+        batch = pick(generator)
+        loss = len(batch[part]) / len(batch) * loss_fn(batch, generator, part)
+    loss.backward()
+    return loss.detach()

@@ -31,7 +31,7 @@ CHEAP = ("real", "replay", "recolour")
 
 
 class Survey(loop.Experiment):
-    """A run on the first `size` training images, with the perfect generators as arms of their own."""
+    """A run on `size` training images, with the perfect generators as arms of their own."""
 
     size = 0
 

@@ -78,7 +78,7 @@ OVERRIDES = [
     ("loop.arms=[guided]", "loop.arms", "real"), ("loop.arms=[]", "loop.arms", "empty"),
     ("loop.arms=[real, gided]", "loop.arms[1]", "'guided'"),
     ("loop.mine_from=val", "loop.mine_from", "train"), ("loop.seeds=0", "loop.seeds", "between"),
-    ("loop.share=1", "loop.share", "between"), ("evaluate.draws=1", "evaluate.draws", "least 100"),
+    ("loop.share=1", "loop.share", "between"), ("evaluate.draws=1", "evaluate.draws", "between"),
     ("loop", "--set", "section.key=value"), ("loop.seeds", "--set", "section.key=value"),
     ("=3", "--set", "section.key=value"), ("loop.seeds=[", "--set loop.seeds=[", ""),
 ]

@@ -519,7 +519,7 @@ def test_training_leaves_the_averaged_weights(monkeypatch):
 def test_training_pairs_every_image_with_its_own_label_and_group(monkeypatch):
     seen = []
 
-    def loss(network, schedule, x0, y, g, generator, *, prediction, drop):
+    def loss(network, schedule, x0, y, g, generator, part, *, prediction, drop):
         seen.append((x0, y, g))
         return network.weight.sum()
     monkeypatch.setattr(ddpm, "loss", loss)

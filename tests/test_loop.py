@@ -1,6 +1,7 @@
 """The loop as a whole: the tiny run, interrupted, resumed; and its parts by brute force."""
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import external
 import loop
 import phantom
 import report
-from runfolder import RunError, RunFolder, clock, new_folder
+import runfolder
+from runfolder import RunFolder
 from test_classifier import weights
 
 HERE = Path(__file__).parents[1]
@@ -74,28 +76,32 @@ def test_the_ledger_says_where_every_image_is_from(tiny):
     assert len(rows) >= json.loads((tiny / "results.json").read_text())["arms"]["guided"]["added"]
 
 
-class Stopped(KeyboardInterrupt):
-    pass
+class Killed(BaseException):
+    """Nothing in the program catches it, as nothing catches kill -9."""
 
 
-def test_a_run_stopped_anywhere_and_resumed_gives_the_same_bytes(tiny, tmp_path, monkeypatch):
-    save = RunFolder.save
-    stops = ["ddpm.partial", "guide", "guided_1", "student_random_1"]
+def test_a_run_killed_anywhere_and_resumed_gives_the_same_bytes(tiny, tmp_path, monkeypatch):
+    """Killed before and after the rename of files of every stage; before it, the temporary file
+    stays behind. benchmarks/interrupt.py does it with kill -9 at random moments."""
+    rename, kills = os.replace, [
+        ("ddpm.partial.pt", True), ("ddpm.pt", False), ("guided_1.pt", False),
+        (".png", True), ("synthetic.csv", False), ("student_random_1.pt", False),
+        ("predictions.npz", True), ("results.json", False)]
 
-    def stopping(self, name, content):
-        if stops and name == stops[0]:
-            if not name.endswith("partial"):
-                stops.pop(0)
-                raise Stopped               # before the write: the stage is lost, not half there
-            stops.pop(0)
-            save(self, name, content)
-            raise Stopped
-        save(self, name, content)
-    monkeypatch.setattr(RunFolder, "save", stopping)
-    folder = go(tmp_path, ["--config", str(TINY)], status=130)
-    while stops:
-        go(tmp_path, ["--resume", "runs/tiny"], status=130)
-    go(tmp_path, ["--resume", "runs/tiny"])
+    def replace(source, target):
+        if kills and Path(target).name.endswith(kills[0][0]):
+            if kills.pop(0)[1]:
+                rename(source, target)
+            raise Killed
+        rename(source, target)
+    monkeypatch.setattr(runfolder.os, "replace", replace)
+    monkeypatch.setattr(loop.Experiment, "estimate", lambda self: 0)     # only to save time
+    arguments = ["--config", str(TINY)]
+    while kills:
+        with pytest.raises(Killed):
+            go(tmp_path, arguments)
+        arguments = ["--resume", "runs/tiny"]
+    folder = go(tmp_path, arguments)
     files = sorted(p.relative_to(tiny) for p in tiny.rglob("*") if p.suffix in (".png", ".csv"))
     assert len(files) > 20
     for name in [*files, Path("results.json"), Path("config.yaml"), Path("predictions.npz")]:
@@ -110,7 +116,8 @@ def test_folders_without_groups_all_arms_two_rounds_and_the_leak_shown(tmp_path)
         Image.fromarray(image.transpose(1, 2, 0)).save(path)
     (tmp_path / "tiny.yaml").write_text(
         f"extends: {TINY}\n"
-        "data: {kind: folder, root: photos, malignant: [mel, bcc], val_fraction: 0.2}\n"
+        f"data: {{kind: folder, root: {tmp_path / 'photos'}, malignant: [mel, bcc], "
+        "val_fraction: 0.2}\n"
         "ddpm: {steps: 40}\nclassifier: {steps: 30, guide_steps: 20, jitter: [0.1, 0.5]}\n"
         "guidance: {start: parent, hardness_scale: 0.1, likeness_scale: 0.1, "
         "classifier_free: 1.5, targets: both}\n"
@@ -124,6 +131,20 @@ def test_folders_without_groups_all_arms_two_rounds_and_the_leak_shown(tmp_path)
     assert all("val_balanced_accuracy" in r for r in results["rounds"])
     assert "optimistic: mined on the test set" in (folder / "report.md").read_text()
     assert results["jitter"]["chosen"] in (0.1, 0.5)
+    holds_no_place_or_name(folder, str(tmp_path))
+
+
+def holds_no_place_or_name(folder, place):
+    """But for its config, the run folder says nothing of where it was made."""
+    assert place in (folder / "config.yaml").read_text()
+    for path in (p for p in folder.rglob("*") if p.is_file() and p.name != "config.yaml"):
+        content = path.read_bytes()
+        if path.suffix == ".npz":
+            with np.load(path) as arrays:
+                content = "".join(str(arrays[k].tolist()) for k in arrays.files
+                                  if arrays[k].dtype.kind == "U").encode()
+        for secret in (place, str(HERE), f"{Path.home()}/"):
+            assert secret.encode() not in content, (path, secret)
 
 
 def test_synthetic_images_are_a_folder_data_set_and_an_external_arm(tiny, tmp_path):
@@ -144,7 +165,8 @@ def test_synthetic_images_are_a_folder_data_set_and_an_external_arm(tiny, tmp_pa
     assert list(results["arms"]) == ["real", "balanced", "external"]
     names = {path.stem for path in (run / "checkpoints").glob("*.pt")}
     assert not {"ddpm", "guide", "guided_1"} & names        # nobody needs a generator of our own
-    made, fates = RunFolder(run).load("external"), results["filter"]["external"]
+    made = torch.load(run / "checkpoints/external.pt", weights_only=True)
+    fates = results["filter"]["external"]
     of = {np.asarray(Image.open(tiny / "synthetic" / name)).transpose(2, 0, 1).tobytes(): row
           for name, row in ledger.items()}
     assert all(image.tobytes() in of for image in made["images"].numpy())
@@ -372,6 +394,80 @@ def test_a_turned_copy_is_found(experiment):
         assert (experiment.train.images[index] == images).all()
 
 
+def test_near_copies_of_training_images_are_never_written(experiment, monkeypatch):
+    """Every other image that is made is its parent, one grey level off and turned."""
+    e, noise = experiment, np.random.default_rng(0)
+
+    def synthesise(parents, *_, **__):
+        images = noise.integers(0, 256, parents.images.shape, dtype=np.uint8)
+        images[::2] = np.rot90(parents.images[::2], axes=(2, 3)).clip(0, 254) + 1
+        made.append(images)
+        return images, np.ones(len(images), bool), 0
+
+    def predict(network, images):                   # the judge agrees, the students are unsure
+        probs = np.full((len(images), 4), 0.25, np.float32)
+        return probs + np.eye(4, dtype=np.float32)[labels[0]] if network == "judge" else probs
+    made, labels = [], [None]
+    mine = e.mine
+
+    def mined(*arguments):
+        chosen = mine(*arguments)
+        labels[0] = e.train.labels[chosen]
+        return chosen
+    for name, value in (("synthesise", synthesise), ("predict", predict), ("mine", mined),
+                        ("student", lambda name, *_: name)):
+        monkeypatch.setattr(e, name, value)
+    e.jitter = 0.1
+    e.train_judge()
+    done = e.round(1, None)
+    e.write_synthetic([done])
+    entry = done["entry"]
+    written = [np.asarray(Image.open(p)).transpose(2, 0, 1)
+               for p in e.run.folder.glob("synthetic/*/*.png")]
+    assert entry["dropped"]["copy"] >= len(made[0][::2]) and len(written) == entry["kept"] > 20
+    assert e.nearest(np.stack(written))[0].min() > e.copy_distance
+    copies = {image.tobytes() for image in made[0][::2]}
+    assert not copies & {image.tobytes() for image in written}
+
+
+def test_the_batch_size_of_sampling_and_the_threads_change_last_digits_alone(experiment,
+                                                                             monkeypatch):
+    e, threads = experiment, torch.get_num_threads()
+    e.unet, e.guide = e.new_unet(1), e.new_resnet(1, noise_levels=e.config.ddpm.T).eval()
+    e.students = [e.new_resnet(2).eval()]
+    with torch.no_grad():
+        for i, weight in enumerate(e.unet.parameters()):        # untrained, its last layer is 0
+            weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
+    parents = e.train.subset(np.arange(20))
+
+    def images():
+        return np.stack([e.synthesise(parents, e.targets(parents, 0), np.arange(20), start=start)[0]
+                         for start in ("counterfactual", "noise")]).astype(int)
+    whole = images()
+    monkeypatch.setattr(loop, "CHUNK", 3)
+    in_parts = images()
+    assert whole.std() > 10 and abs(whole - in_parts).max() <= 2
+    assert (whole != in_parts).mean() < 0.05
+
+    x, none = loop.to_float(e.tensor(parents.images)), torch.zeros(20, dtype=torch.int64)
+    found = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        with torch.no_grad():
+            found.append(torch.cat([e.unet(x, none, none, none).flatten(),
+                                    e.students[0](x).flatten()]))
+    torch.set_num_threads(threads)
+    assert torch.allclose(*found, atol=1e-4)
+
+
+def test_determinism_is_asked_of_torch_where_the_config_says_so(tmp_path):
+    try:
+        loop.Experiment(configuration.load(TINY, ["loop.deterministic=true"]), RunFolder(tmp_path))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_targets_are_any_group_but_the_own(experiment):
     train = experiment.train
     drawn = np.stack([experiment.targets(train, seed) for seed in range(200)])
@@ -411,21 +507,6 @@ def test_seeds_are_told_apart():
     made = {loop.derive(s, name, k) for s in range(5) for name in ("student", "judge")
             for k in range(20)}
     assert len(made) == 200 and loop.derive(1, "a") == loop.derive(1, "a")
-
-
-def test_folders_are_never_overwritten_and_checkpoints_are_checked(tmp_path):
-    assert [new_folder(tmp_path, "x").name for _ in range(3)] == ["x", "x-2", "x-3"]
-    run = RunFolder(tmp_path)
-    run.save("a", {"w": torch.arange(3), "names": ["b"]})
-    assert torch.equal(run.load("a")["w"], torch.arange(3)) and run.load("absent") is None
-    torch.save({"format": 99, "content": {}}, tmp_path / "checkpoints/b.pt")
-    with pytest.raises(RunError, match="b.pt"):
-        run.load("b")
-    calls = []
-    for _ in range(2):
-        run.stage("s", lambda progress: calls.append(1) or {"n": len(calls)})
-    assert calls == [1]
-    assert [clock(s) for s in (5, 200, 7200)] == ["5 s", "3 min", "2 h 00 min"]
 
 
 def test_sets_are_compared_at_the_same_mixture(experiment):

@@ -1,0 +1,97 @@
+"""Large inputs: how long, and how much memory at the peak?
+
+    python benchmarks/load.py [--images 100000] [--rows 1000000]
+
+A folder of small images, decoded, cached, split and read again from the cache; the nearest
+training image of a thousand among all of them; a ledger of synthetic images. Each part is a process
+of its own. Needs 600 MB of disk in the temporary folder for its time.
+"""
+import argparse
+import os
+import resource
+import sys
+import tempfile
+import time
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import data
+import loop
+from runfolder import Progress
+
+SIZE = 32
+
+
+def write_images(count: int) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("mel", "nv"):
+        os.makedirs(f"root/{name}", exist_ok=True)
+    for i in range(count):
+        pixels = rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(f"root/{'mel' if i % 5 == 0 else 'nv'}/{i:06d}.jpg")
+
+
+def load(count: int) -> dict:
+    return data.load("folder", root="root", size=SIZE, seed=0, train=0, val=0, test=0,
+                     val_fraction=0.1, test_fraction=0.2, split_by="lesion", malignant=["mel"],
+                     folds=3, cache="cache", progress=Progress("data"))
+
+
+def nearest(count: int) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (count, 3, SIZE, SIZE), dtype=np.uint8)
+    train = SimpleNamespace(train=SimpleNamespace(images=images))
+    loop.Experiment.nearest(train, images[:1000])
+
+
+def ledger(count: int) -> None:
+    """loop.write_synthetic without the pictures: a million files are the file system's matter."""
+    loop.save_picture = lambda path, picture: None
+    loop.pictures.one = lambda image: None
+    few = np.arange(count) % 1000
+    train = SimpleNamespace(class_names=("mel", "nv"), group_names=(), labels=few % 2,
+                            sources=np.array([f"image-{i}" for i in range(1000)]), folds=few % 3)
+    made = SimpleNamespace(parents=few, targets=np.full(count, -1), judge=np.ones(count),
+                           distance=np.ones(count), seeds=np.arange(count), images=few)
+    experiment = SimpleNamespace(train=train, run=SimpleNamespace(folder=Path(".")))
+    loop.Experiment.write_synthetic(experiment, 1, made, np.arange(count))
+    with open("synthetic/round_1/synthetic.csv") as file:
+        assert sum(1 for _ in file) == count + 1
+
+
+def measured(part, count: int, answer) -> None:
+    begun = time.monotonic()
+    part(count)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024       # KiB on Linux
+    answer.put((time.monotonic() - begun, peak))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=100_000)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        write_images(arguments.images)
+        for what, part, count in (
+                ("nothing but the imports", len, []), ("decode and split", load, arguments.images),
+                ("again, from the cache", load, arguments.images),
+                ("nearest of 1,000 images", nearest, arguments.images),
+                ("ledger", ledger, arguments.rows)):
+            answer = get_context("spawn").Queue()
+            process = get_context("spawn").Process(target=measured, args=(part, count, answer))
+            process.start()
+            seconds, peak = answer.get()
+            process.join()
+            print(f"{what}: {count or 0:,} in {seconds:.1f} s, at the peak {peak:,.0f} MiB",
+                  flush=True)
+        os.chdir("/")
+
+
+if __name__ == "__main__":
+    main()
