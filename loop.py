@@ -37,7 +37,7 @@ import report
 from config import ARMS, Config, ConfigError
 from data import DataError, ImageSet
 from runfolder import Progress, RunError, RunFolder, clock, new_folder, save_picture, write_bytes
-from training import seeded, to_float, to_uint8
+from training import Streamed, seeded, to_float, to_uint8
 from unet import UNet
 
 CHILDREN = 5        # at most of one parent: on the phantom, one for every other skin type
@@ -86,7 +86,7 @@ class Experiment:
         self.splits = data.load(**vars(c), cache=cache, progress=progress)
         progress.end()
         self.train = self.splits["train"]
-        print(data.counts_table(self.splits))
+        print(data.counts_table(self.splits), *self.train.notes, sep="\n")
         self.run.log("data", **{name: data.counts(s) for name, s in self.splits.items()})
         if not self.train.group_names and self.config.guidance.start == "counterfactual":
             print("no groups: a counterfactual would be the image itself, so guidance.start is "
@@ -102,8 +102,11 @@ class Experiment:
         self.tensors = {name: self.tensor(s.images) for name, s in self.splits.items()}
         self.schedule = ddpm.Schedule(self.config.ddpm.T, self.config.ddpm.schedule, self.device)
 
-    def tensor(self, array: np.ndarray) -> Tensor:
-        return torch.tensor(array, device=self.device)
+    def tensor(self, array) -> Tensor | Streamed:
+        """On the device; for a CPU, images in a file stay there."""
+        if isinstance(array, data.FileImages) and self.device.type == "cpu":
+            return Streamed(array)
+        return torch.tensor(np.asarray(array), device=self.device)
 
     def seed(self, *parts) -> int:
         return derive(self.config.loop.seed, *parts)
@@ -156,7 +159,7 @@ class Experiment:
         return network
 
     def predict(self, network: classifier.ResNet, images) -> np.ndarray:
-        x = images if isinstance(images, Tensor) else self.tensor(images)
+        x = images if isinstance(images, Tensor | Streamed) else self.tensor(images)
         return classifier.predict(network, x, self.bf16)
 
     def choose_jitter(self) -> None:
@@ -231,7 +234,7 @@ class Experiment:
         the fold of the image, or of a child's parent."""
         probs = np.zeros((len(images), len(self.train.class_names)), np.float32)
         for k, student in enumerate(students):
-            probs[folds == k] = self.predict(student, images[folds == k])
+            probs[folds == k] = self.predict(student, data.pick(images, folds == k))
         return probs
 
     def mine(self, images: ImageSet, probs: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -339,7 +342,7 @@ class Experiment:
             seeds = np.array([derive(seed, i) for i in range(len(chosen))])
             dropped, finite = 0, np.ones(len(parents), bool)
             if arm == "replay":
-                images = parents.images
+                images = np.asarray(parents.images)
             elif arm == "recolour":
                 images = recoloured(self.train, parents, targets, seed)
             else:
@@ -579,6 +582,7 @@ class Experiment:
         results = {"format": 1, "name": folder.name, "config": c.as_dict(),
                    "environment": environment(self.device, self.bf16),
                    "splits": {name: data.counts(s) for name, s in self.splits.items()},
+                   "notes": list(self.train.notes),
                    "jitter": {"chosen": self.jitter, "val_balanced_accuracy":
                               {f"{k:g}": v for k, v in self.jitter_scores.items()}},
                    **evaluate.score(predictions, min_count=c.evaluate.min_count,
@@ -728,7 +732,9 @@ def margins(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def thumbnails(images: np.ndarray, side: int = 16) -> np.ndarray:
     """uint8 (N, 3, S, S) averaged down to float32 (N, 3, side, side): near-copies differ in noise,
     not here. Scaled so that distances are root mean square grey levels."""
-    x = torch.nn.functional.adaptive_avg_pool2d(torch.tensor(images).float(), side)
+    x = torch.cat([torch.nn.functional.adaptive_avg_pool2d(
+        torch.tensor(images[i:i + 1000]).float(), side)
+        for i in range(0, max(1, len(images)), 1000)])
     return x.numpy() / (3 * side * side) ** 0.5
 
 
@@ -748,7 +754,7 @@ def inception_features(path: str, device: torch.device):
     @torch.no_grad()
     def features(images):
         return torch.cat([network(part.to(device), return_features=True).float().cpu()
-                          for part in torch.tensor(images).split(64)]).numpy()
+                          for part in torch.tensor(np.asarray(images)).split(64)]).numpy()
     return features
 
 
@@ -770,7 +776,7 @@ def recoloured(train: ImageSet, parents: ImageSet, targets: np.ndarray,
         other = np.array([rng.choice(np.flatnonzero(train.labels == y)) for y in parents.labels])
         gain = border[other] / np.maximum(data.border_colour(parents.images), 1)
         gain = gain.clip(0.5, 2)
-    bright = parents.images * gain[:, :, None, None]
+    bright = np.asarray(parents.images) * gain[:, :, None, None]
     return bright.round().clip(0, 255).astype(np.uint8)
 
 
