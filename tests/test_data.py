@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -21,6 +22,8 @@ HAM = Path(__file__).parents[2] / "shared" / "data" / "ham10000"
 needs_ham = pytest.mark.skipif(not HAM.is_dir(), reason="HAM10000 is not on this machine")
 OPTIONS = dict(malignant=["mel"], image_column="", label_column="", lesion_column="", group="",
                skip_bad=False)
+TURNED = Image.Exif()
+TURNED[0x0112] = 6                   # orientation: the camera was held a quarter turn to the left
 ROWS = [("L1", "i1", "nv"), ("L1", "i2", "nv"), ("L2", "i3", "mel"), ("L3", "i4", "bkl")]
 
 
@@ -342,9 +345,23 @@ def test_decode_modes(tmp_path):
         path = tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}"
         Image.new(mode, (9, 9), colour).save(path)
         assert data.decode(path, 4).shape == (3, 4, 4)
+    two = Image.new("L", (20, 10), 255)
+    two.paste(0, (0, 0, 10, 10))
+    two.crop((0, 0, 20, 10)).save(tmp_path / "turned.png", exif=TURNED)
+    upright = data.decode(tmp_path / "turned.png", 4)
+    assert upright[0, 0].max() < 20 and upright[0, -1].min() > 235    # its left side is its top
     Image.fromarray(np.full((9, 9), 40000, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(OSError, match="more than 8 bits"):
         data.decode(tmp_path / "deep.png", 4)
+
+
+def test_a_decompression_bomb_is_refused_and_the_limit_named(tmp_path, monkeypatch):
+    root = class_folders(tmp_path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 140)             # Pillow refuses twice as many
+    Image.new("RGB", (15, 20)).save(root / "nv" / "bomb.png")
+    message = refuse("nv/bomb.png cannot be decoded.*300 pixels.*limit of 280", folder, root, 8,
+                     ["mel"])
+    assert "1 problem(s)" in message
 
 
 def test_jpeg_draft_changes_little(tmp_path):
@@ -369,7 +386,6 @@ def test_cache_hit_miss_and_damage(tmp_path, monkeypatch):
         return images, len(calls)
     first, decoded = load()
     assert decoded == 4
-    assert {path.name for path in cache.parent.iterdir()} == {"images.npy", "images.json"}
     again, decoded = load()
     assert decoded == 0 and np.array_equal(first, again)
     assert load(12)[1] == 4 and load()[1] == 4 and load()[1] == 0   # another size, and back
@@ -383,6 +399,7 @@ def test_cache_hit_miss_and_damage(tmp_path, monkeypatch):
         assert load()[1] == 4 and load()[1] == 0, (path.name, content[-4:])
     array.unlink()
     assert load()[1] == 4
+    assert {path.name for path in cache.parent.iterdir()} == {"images.npy", "images.json"}
     picture = next(root.glob("*/i2.jpg"))
     Image.new("RGB", (12, 9), "white").save(picture, quality=30)   # the file's size changes
     changed, decoded = load()
@@ -554,6 +571,41 @@ def test_subset_and_extend():
     refuse(r"\(2, 2\) and of \(4, 4\) pixels", whole.extend, large)
 
 
+def test_images_in_a_file_behave_like_an_array(tmp_path):
+    rng = np.random.default_rng(0)
+    first, second = (rng.integers(0, 256, (n, 3, 4, 4), np.uint8) for n in (30, 7))
+    np.save(tmp_path / "a.npy", first)
+    order = rng.permutation(30)
+    lazy = data.FileImages([np.load(tmp_path / "a.npy", mmap_mode="r")], order).join(second)
+    whole = np.concatenate([first[order], second])
+    assert lazy.shape == whole.shape and np.array_equal(lazy, whole)
+    mask = rng.random(37) < 0.5
+    for key in (3, -1, slice(5, 34, 3), [36, 0, 0], mask, np.empty(0, int), torch.tensor([33, 2])):
+        assert np.array_equal(lazy[key], whole[np.asarray(key) if isinstance(key, torch.Tensor)
+                                               else key])
+    assert np.array_equal(data.pick(lazy, mask), whole[mask])
+    assert isinstance(data.pick(lazy, mask), data.FileImages)
+
+    plain = made(60).subset(np.arange(37))
+    plain = replace(plain, images=whole)
+    stored = replace(plain, images=lazy)
+    for index in (mask, [4, 4, 36]):
+        a, b = plain.subset(index), stored.subset(index)
+        assert all(np.array_equal(getattr(a, name), getattr(b, name)) for name in data.PER_IMAGE)
+    assert np.array_equal(stored.extend(a).images, plain.extend(a).images)
+    assert np.array_equal(a.extend(stored).images, a.extend(plain).images)
+    refuse(r"labels must be int64 \(36,\)", replace, stored, images=data.pick(lazy, slice(36)))
+
+
+def test_training_reads_images_in_a_file_as_it_does_those_in_memory():
+    from training import Streamed
+    images = np.random.default_rng(0).integers(0, 256, (50, 3, 8, 8), np.uint8)
+    tensor, stored = torch.tensor(images), Streamed(data.FileImages([images], np.arange(50)))
+    index = torch.randint(50, (16,))
+    assert len(stored) == 50 and torch.equal(stored[index], tensor[index])
+    assert all(torch.equal(a, b) for a, b in zip(stored.split(20), tensor.split(20), strict=True))
+
+
 def test_counts_and_table():
     whole = made(60)
     counted = data.counts(whole)
@@ -620,6 +672,42 @@ def test_border_colour_ignores_lesion_and_vignette():
     assert np.array_equal(data.border_colour(images), [[210, 160, 140], [90, 60, 50]])
     assert data.border_colour(images).dtype == np.float64
     refuse("at least 8 x 8", data.border_colour, images[:, :, :4, :4])
+    many = np.repeat(images, 1200, axis=0)
+    assert np.array_equal(data.border_colour(many), np.repeat(data.border_colour(images), 1200, 0))
+
+
+# sRGB and its CIELAB under D65: the primaries, white and black as tables of CIELAB give them
+PUBLISHED = {(255, 0, 0): (53.24, 80.09, 67.20), (0, 255, 0): (87.74, -86.18, 83.18),
+             (0, 0, 255): (32.30, 79.19, -107.86), (255, 255, 0): (97.14, -21.55, 94.48),
+             (0, 255, 255): (91.11, -48.09, -14.13), (255, 0, 255): (60.32, 98.23, -60.82),
+             (255, 255, 255): (100, 0, 0), (0, 0, 0): (0, 0, 0), (119, 119, 119): (50.03, 0, 0)}
+# L* and b* of the ColorChecker's two skin patches as its maker publishes them, under D50
+SKIN = {(194, 150, 130): (65.71, 17.81), (115, 82, 68): (37.99, 14.06)}
+
+
+def test_srgb_to_cielab_against_published_pairs():
+    found = data.to_lab(np.array(list(PUBLISHED)))
+    assert np.abs(found - list(PUBLISHED.values())).max() < 0.03
+    skin = data.to_lab(np.array(list(SKIN)))[:, [0, 2]]
+    assert np.abs(skin - list(SKIN.values())).max() < 1
+
+
+def test_skin_tone_estimates():
+    # L* and b* chosen for angles on both sides of every published threshold, 55 41 28 10 -30
+    angles = np.array([56, 54, 42, 40, 29, 27, 11, 9, -29, -31])
+    lab = np.stack([50 + 15 * np.tan(np.radians(angles)), np.full(10, 10.0), np.full(10, 15.0)], 1)
+    y = (lab[:, 0] + 16) / 116
+    xyz = np.stack([y + lab[:, 1] / 500, y, y - lab[:, 2] / 200], 1) ** 3 * [0.9505, 1, 1.089]
+    linear = xyz @ np.linalg.inv([[0.4124, 0.2126, 0.0193], [0.3576, 0.7152, 0.1192],
+                                  [0.1805, 0.0722, 0.9505]])
+    rgb = 255 * (1.055 * linear ** (1 / 2.4) - 0.055)
+    images = np.broadcast_to(rgb.round().astype(np.uint8)[:, :, None, None], (10, 3, 16, 16)).copy()
+    images[:, :, 4:12, 4:12] = 0                     # a black lesion in the middle changes nothing
+    names, index = data.skin_tones(images)
+    assert names == data.TONES and list(index) == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
+    names, index = data.skin_tones(images[[9, 0]])
+    assert names == ("very light", "dark") and list(index) == [1, 0]
+    assert data.TONES[0] in data.skin_tones(np.full((1, 3, 16, 16), 255, np.uint8))[0]
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
