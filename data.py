@@ -238,8 +238,7 @@ def load_images(kind: str, root, size: int, malignant, image_column: str, label_
     images, unreadable = decode_all(listing, size, cache, progress)
     problems += [(f"{image} cannot be decoded ({reason}): replace the file", [image])
                  for image, reason in unreadable]
-    twins = [(a, b) for a, b in same_pixels(rows, images)
-             if not {a.image, b.image} & {image for image, _ in unreadable}]
+    twins = same_pixels(rows, images, {image for image, _ in unreadable})
     problems += [(f"{a.image} and {b.image} are the same picture, but {a.label} and {b.label}",
                   [a.image, b.image]) for a, b in twins if a.label != b.label]
     if problems and not skip_bad:
@@ -255,10 +254,10 @@ def load_images(kind: str, root, size: int, malignant, image_column: str, label_
                      f"{problems[0][0]}")
     if not rows:
         raise DataError(f"{root}: not one image is left; {notes[-1]}")
-    twins = [(a, b) for a, b in twins if not {a.image, b.image} & bad]
+    twins = [(a, b) for a, b in twins if b.image not in bad]
     if twins:
-        notes.append(f"{len(twins)} images are copies of another, pixel for pixel, and count as "
-                     "the same lesion")
+        notes.append("images that repeat another, pixel for pixel, and count as the same lesion: "
+                     f"{len(twins)}")
     names, groups = ((), np.full(len(rows), -1)) if not group else (
         skin_tones(images) if group == "ita" else datasets.coded([row.group for row in rows]))
     sides = np.array([row.split for row in rows])
@@ -270,17 +269,18 @@ def load_images(kind: str, root, size: int, malignant, image_column: str, label_
         notes=notes), sides if sides[0] else None
 
 
-def same_pixels(rows: list[Row], images) -> list[tuple[Row, Row]]:
+def same_pixels(rows: list[Row], images, unread: set[str]) -> list[tuple[Row, Row]]:
     """(first, copy) for every image with the very same pixels as an earlier one."""
     first = {}
     pairs = [(first.setdefault(hashlib.sha256(image.tobytes()).digest(), row), row)
-             for row, image in zip(rows, images)]
+             for row, image in zip(rows, images) if row.image not in unread]
     return [(a, b) for a, b in pairs if a is not b]
 
 
 def join_lesions(rows: list[Row], twins: list[tuple[Row, Row]]) -> np.ndarray:
-    """Each row's lesion, (N,); those that share a picture (see same_pixels) under one name."""
-    above = {row.lesion: row.lesion for row in rows}
+    """Each row's lesion, (N,); those that share a picture (see same_pixels) under one name. The
+    first of a pair may have been left out of rows: its copies still belong together."""
+    above = {row.lesion: row.lesion for row in [*rows, *(a for a, _ in twins)]}
 
     def top(lesion):
         while above[lesion] != lesion:
@@ -329,6 +329,7 @@ def decode_all(listing: Listing, size: int, cache=None, progress=None):
     rows, unreadable = listing.rows, []
     content = [LOADER_VERSION, size, [[row.image, row.path.stat().st_size] for row in rows]]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    cache = cache if rows else None      # an empty file cannot be mapped
     cached = cache and _read_cache(cache, key)
     if cached:
         return cached
@@ -348,7 +349,10 @@ def decode_all(listing: Listing, size: int, cache=None, progress=None):
                 progress(i + 1, len(rows))
     if cache:
         _write_cache(cache, key, decoded(), (len(rows), 3, size, size), unreadable)
-        return _read_cache(cache, key)
+        cached = _read_cache(cache, key)
+        if not cached:
+            raise DataError(f"cache {cache}: another run has written it meanwhile; start again")
+        return cached
     images = np.empty((len(rows), 3, size, size), np.uint8)
     for i, image in enumerate(decoded()):
         images[i] = image
@@ -452,7 +456,7 @@ def own_splits(image_set: ImageSet, sides: np.ndarray) -> dict[str, ImageSet]:
     moved = int((first[lesion] != side).sum())
     if moved:
         image_set = replace(image_set, notes=(*image_set.notes, (
-            f"{moved} images moved to the split where their lesion already stands")))
+            f"images moved to the split where their lesion already stands: {moved}")))
     return {name: image_set.subset(first[lesion] == i) for i, name in enumerate(SPLITS)}
 
 

@@ -8,6 +8,7 @@ corrected, DermaMNIST-C and -E: Abhishek, Jain, Hamarneh, Sci. Data 12:196 (2025
 """
 import csv
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -158,8 +159,8 @@ def fitzpatrick17k(files: list[Path], label: str, group: str) -> Listing:
     sick = {row[label] for row in right if row["three_partition_label"] == "malignant"}
     names = tuple(sorted({row.label for row in rows} - {""}))
     wrong = len(table) - len(right)
-    return Listing(rows, names, tuple(sick), (f"{wrong} rows that qc calls wrongly labelled are "
-                                              "left out",) if wrong else ())
+    return Listing(rows, names, tuple(sick),
+                   (f"rows left out that qc calls wrongly labelled: {wrong}",) if wrong else ())
 
 
 def dermamnist(files: list[Path], group: str) -> Listing:
@@ -216,7 +217,7 @@ def folder(files: list[Path], root) -> list[Row]:
     rows, folders = [], set()
     for path in files:
         parts = path.relative_to(root).parts
-        inner = parts[1:] if parts[0].startswith("round_") else parts
+        inner = parts[1:] if re.fullmatch(r"round_\d+", parts[0]) else parts
         folders |= {inner[0]} if len(inner) > 1 else set()
         if len(inner) == 2 and path.suffix.lower() in SUFFIXES:
             rows.append(Row("/".join(parts), inner[0]))

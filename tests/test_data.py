@@ -194,8 +194,8 @@ def test_ham10000_counts_are_exact():
 @needs_ham
 def test_whole_ham10000_loads_and_splits(whole_ham):
     whole = ham(HAM, 16, whole_ham)
-    assert whole.notes == ("2 images are copies of another, pixel for pixel, and count as the same "
-                           "lesion",)                        # as the data's own notes say
+    assert whole.notes == ("images that repeat another, pixel for pixel, and count as the same "
+                           "lesion: 2",)                     # as the data's own notes say
     assert data.counts(whole) == {
         "images": 10015, "lesions": 7470, "groups": {"unknown": 10015},
         "classes": dict(akiec=327, bcc=514, bkl=1099, df=115, mel=1113, nv=6705, vasc=142)}

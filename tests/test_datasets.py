@@ -93,7 +93,7 @@ def test_fitzpatrick17k_table_is_exact():
         listing = datasets.fitzpatrick17k([path], label, "fitzpatrick_scale")
         assert len(listing.class_names) == classes and len(listing.rows) == 16577 - 17
         assert set(listing.malignant) == sick.get(label, set(listing.malignant))
-        assert listing.notes == ("17 rows that qc calls wrongly labelled are left out",)
+        assert listing.notes == ("rows left out that qc calls wrongly labelled: 17",)
     assert {"melanoma", "basal cell carcinoma"} < set(listing.malignant)
     assert "psoriasis" in listing.class_names and "psoriasis" not in listing.malignant
     types = Counter(row.group for row in listing.rows)
@@ -115,7 +115,7 @@ def test_fitzpatrick17k_loads(tmp_path):
     loaded = load("fitzpatrick17k", tmp_path, label_column="label", group="fitzpatrick_scale")
     assert (loaded.class_names, loaded.malignant) == (("acne", "melanoma"), (False, True))
     assert loaded.group_names == ("I", "VI") and list(loaded.groups) == [0, 1, -1, 0, 1]
-    assert loaded.notes == ("1 rows that qc calls wrongly labelled are left out",)
+    assert loaded.notes == ("rows left out that qc calls wrongly labelled: 1",)
 
 
 # ---------------------------------------------------------------------------- DermaMNIST
@@ -174,8 +174,8 @@ def test_a_lesion_in_two_of_its_splits_is_kept_together(tmp_path):
     assert [len(part) for part in splits.values()] == [29, 8, 5]
     assert not set(splits["train"].lesions) & set(splits["test"].lesions)
     assert splits["train"].notes == (
-        "2 images are copies of another, pixel for pixel, and count as the same lesion",
-        "2 images moved to the split where their lesion already stands")
+        "images that repeat another, pixel for pixel, and count as the same lesion: 2",
+        "images moved to the split where their lesion already stands: 2")
     # by image, as released, and the leak is measured
     splits = data.load("dermamnist", **OPTIONS | wanted | {"split_by": "image"})
     assert [len(part) for part in splits.values()] == [28, 7, 7]
@@ -272,7 +272,7 @@ def test_the_synthetic_images_of_a_run_load(tmp_path):
     assert listed.group_names == ("VI",) and np.array_equal(listed.images, loaded.images)
 
 
-# ---------------------------------------------------------------------------- what is wrong, dropped
+# ---------------------------------------------------------------------------- wrong, and dropped
 
 def test_skip_bad_leaves_out_what_is_wrong_and_counts_it(tmp_path):
     root = class_folders(tmp_path / "images")
@@ -292,9 +292,25 @@ def test_skip_bad_leaves_out_what_is_wrong_and_counts_it(tmp_path):
     left = {str(path.relative_to(root)) for path in root.rglob("*/*.*")}
     assert set(loaded.sources) == left - {"mel/1.jpg", "mel/2.jpg"} and len(loaded) == 10
     assert "left out 8 of 18 images for 6 problem(s)" in loaded.notes[0]
-    for path in root.glob("*/*.*"):
-        path.write_bytes(b"none")
-    refuse("not one image is left", load, "csv", root, **CSV, skip_bad=True)
+    for cache in (None, tmp_path / "cache"):
+        for path in root.glob("*/*.*"):
+            path.write_bytes(b"none")
+        refuse("not one image is left", load, "csv", root, cache=cache, **CSV, skip_bad=True)
+        for path in root.glob("*/*.*"):
+            path.unlink()
+        refuse("not one image is left", load, "csv", root, cache=cache, **CSV, skip_bad=True)
+
+
+def test_what_is_unreadable_is_remembered_with_the_cache(tmp_path):
+    root = class_folders(tmp_path / "images")
+    for name in ("1.jpg", "2.jpg"):        # two: what cannot be read is no copy of one another
+        (root / "mel" / name).write_bytes(b"none")
+    for _ in range(2):
+        refuse(r"2 problem\(s\).*mel/1.jpg cannot", load, "folder", root, 8, tmp_path / "cache")
+    calls = []
+    loaded = load("folder", root, 8, tmp_path / "cache", lambda *done: calls.append(done),
+                  skip_bad=True)
+    assert len(loaded) == 10 and not calls and len(loaded.notes) == 1
 
 
 def test_the_same_picture_never_straddles_a_split(tmp_path):
@@ -303,8 +319,8 @@ def test_the_same_picture_never_straddles_a_split(tmp_path):
         shutil.copy(root / "nv" / f"{i}.jpeg", root / "nv" / f"copy{i}.jpeg")
     loaded = load("folder", root)
     lesions = dict(zip(loaded.sources, loaded.lesions))
-    assert loaded.notes == ("3 images are copies of another, pixel for pixel, and count as the "
-                            "same lesion",)
+    assert loaded.notes == ("images that repeat another, pixel for pixel, and count as the same "
+                            "lesion: 3",)
     assert all(lesions[f"nv/{i}.jpeg"] == lesions[f"nv/copy{i}.jpeg"] for i in range(3))
     assert len(set(lesions.values())) == 36
     shutil.copy(root / "nv" / "5.jpeg", root / "mel" / "copy.jpg")
@@ -317,6 +333,8 @@ def test_lesions_that_share_pictures_become_one():
     twins = [(rows[0], rows[2]), (rows[1], rows[5]), (rows[2], rows[3])]
     assert "".join(data.join_lesions(rows, twins)) == "BBBBAB"
     assert "".join(data.join_lesions(rows, twins[:1])) == "CDCBAB"
+    # the first left out: its two copies still belong together
+    assert "".join(data.join_lesions(rows[1:], [(rows[0], rows[1]), (rows[0], rows[4])])) == "ACBAB"
 
 
 # ---------------------------------------------------------------------------- groups
