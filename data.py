@@ -22,7 +22,7 @@ import datasets
 import phantom
 from datasets import SPLITS, DataError, Listing, Row
 
-LOADER_VERSION = 2   # part of the cache key: raise it whenever `decode` gives other pixels
+LOADER_VERSION = 1   # part of the cache key: raise it whenever `decode` gives other pixels
 PER_IMAGE = {"images": "uint8", "labels": "int64", "groups": "int64", "lesions": "str",
              "folds": "int64", "sources": "str", "subtypes": "int64"}
 # Individual typology angle in degrees, from light to dark: Chardon et al., Int. J. Cosmet. Sci. 13
@@ -238,14 +238,15 @@ def load_images(kind: str, root, size: int, malignant, image_column: str, label_
     images, unreadable = decode_all(listing, size, cache, progress)
     problems += [(f"{image} cannot be decoded ({reason}): replace the file", [image])
                  for image, reason in unreadable]
-    twins = same_pixels(rows, images, {image for image, _ in unreadable})
-    problems += [(f"{a.image} and {b.image} are the same picture, but {a.label} and {b.label}",
-                  [a.image, b.image]) for a, b in twins if a.label != b.label]
+    bad = {image for _, concerned in problems for image in concerned}
+    twins = same_pixels(rows, images, bad)
+    problems += [(f"{a.image} and {b.image} are the same picture, but {a.label} and {b.label}", [])
+                 for a, b in twins if a.label != b.label]
     if problems and not skip_bad:
         shown = "; ".join(text for text, _ in problems[:10]) + ("; ..." * (len(problems) > 10))
         raise DataError(f"{root}: {len(problems)} problem(s) in the data: {shown} (data.skip_bad: "
                         "true leaves out what they concern)")
-    bad = {image for _, concerned in problems for image in concerned}
+    bad |= {image for a, b in twins if a.label != b.label for image in (a.image, b.image)}
     images = pick(images, np.array([row.image not in bad for row in rows], bool))
     rows = [row for row in rows if row.image not in bad]
     if problems:
@@ -269,11 +270,11 @@ def load_images(kind: str, root, size: int, malignant, image_column: str, label_
         notes=notes), sides if sides[0] else None
 
 
-def same_pixels(rows: list[Row], images, unread: set[str]) -> list[tuple[Row, Row]]:
-    """(first, copy) for every image with the very same pixels as an earlier one."""
+def same_pixels(rows: list[Row], images, bad: set[str]) -> list[tuple[Row, Row]]:
+    """(first, copy) for every image with the very same pixels as an earlier one, bad ones aside."""
     first = {}
     pairs = [(first.setdefault(hashlib.sha256(image.tobytes()).digest(), row), row)
-             for row, image in zip(rows, images) if row.image not in unread]
+             for row, image in zip(rows, images) if row.image not in bad]
     return [(a, b) for a, b in pairs if a is not b]
 
 

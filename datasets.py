@@ -27,6 +27,8 @@ PARTITIONS = ("three_partition_label", "nine_partition_label", "label")   # of F
 SKIN_TYPES = dict(zip("123456", ("I", "II", "III", "IV", "V", "VI")))
 UNKNOWN = ("", "-1", "na", "nan", "none", "unknown")     # how files say that a value is not known
 SPLITS = ("train", "val", "test")
+BROKEN = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, zlib.error,
+          zipfile.BadZipFile)                            # what a damaged or foreign npz raises
 
 
 class DataError(ValueError):
@@ -176,7 +178,7 @@ def dermamnist(files: list[Path], group: str) -> Listing:
             labels = {split: arrays[f"{split}_labels"].reshape(-1) for split in SPLITS}
         rows = [Row(f"{split}-{i:06d}", HAM_CLASSES[label], path=path, split=split)
                 for split in SPLITS for i, label in enumerate(labels[split])]
-    except (OSError, ValueError, KeyError, IndexError, TypeError, zipfile.BadZipFile) as error:
+    except BROKEN as error:
         raise DataError(f"{path.name}: no DermaMNIST file ({error}); wanted train_images uint8 "
                         "(N, H, W, 3), train_labels 0 to 6, and so for val and test") from None
     tables = [p for p in files if p.parent == path.parent and p.suffix == ".csv"]
@@ -184,12 +186,14 @@ def dermamnist(files: list[Path], group: str) -> Listing:
         table = read_csv(the_file(tables, "*.csv"), ("split", group))
         told = [row for split in SPLITS for row in table if row["split"] == split]
         dx = [row.get("dx", row.get("diag")) for row in told]
-        if dx != [row.label for row in rows]:
-            raise DataError(f"{tables[0].name}: its classes by split (columns dx or diag, split) "
-                            f"are not those of {path.name}; put the csv of the same release there")
-        for row, known in zip(rows, told):
-            row.image = known.get("image_id", known.get("image", row.image))
-            row.lesion, row.group = known.get("lesion_id", ""), known.get(group, "")
+        ids = [row.get("image_id", row.get("image")) for row in told]
+        if dx != [row.label for row in rows] or len({*ids} - {"", None}) < len(rows):
+            raise DataError(f"{tables[0].name}: its rows by split (columns image_id or image, dx "
+                            f"or diag, split) are not the images of {path.name}, or an id stands "
+                            "twice; put the csv of the same release there")
+        for row, image, known in zip(rows, ids, told):
+            row.image, row.lesion = image, known.get("lesion_id", "")
+            row.group = known.get(group, "")
     elif group:
         raise DataError(f"data.group: {group!r} needs the csv of the same release beside "
                         f"{path.name}; write ita, or \"\" for no groups")
@@ -208,7 +212,7 @@ def stream(path: Path, name: str, count: int) -> Iterator[np.ndarray]:
                 raise ValueError(f"found {dtype} {shape}, wanted uint8 ({count}, H, W, 3)")
             for _ in range(count):
                 yield np.frombuffer(file.read(int(np.prod(shape[1:]))), np.uint8).reshape(shape[1:])
-    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+    except BROKEN as error:
         raise DataError(f"{path.name}: {name} cannot be read ({error}); replace the file") from None
 
 

@@ -68,6 +68,25 @@ def test_the_ledger_says_where_every_image_is_from(tiny):
     assert len(rows) >= json.loads((tiny / "results.json").read_text())["arms"]["guided"]["added"]
 
 
+def test_the_synthetic_images_load_as_folders_and_as_a_csv(tiny):
+    rows = list(csv.DictReader((tiny / "synthetic/round_1/synthetic.csv").open()))
+    rows.sort(key=lambda row: row["file"])
+    names = dict(image_column="file", label_column="class", lesion_column="parent")
+    for kind, root, group in (("folder", "synthetic", ""), ("folder", "synthetic/round_1", ""),
+                              ("csv", "synthetic/round_1", "group")):
+        loaded, sides = data.load_images(kind, tiny / root, 16, ["mel"], **names, group=group,
+                                         skip_bad=False)
+        assert sides is None and len(loaded) == len(rows)
+        for i, row in enumerate(rows):
+            assert loaded.sources[i].endswith(row["file"])
+            assert loaded.class_names[loaded.labels[i]] == row["class"]
+            stored = np.asarray(Image.open(tiny / "synthetic/round_1" / row["file"]))
+            assert np.array_equal(loaded.images[i].transpose(1, 2, 0), stored)
+            if kind == "csv":
+                assert loaded.group_names[loaded.groups[i]] == row["group"]
+                assert loaded.lesions[i] == row["parent"]
+
+
 class Stopped(KeyboardInterrupt):
     pass
 
