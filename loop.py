@@ -193,12 +193,15 @@ class Experiment:
     def nearest(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Each image's distance to the nearest training image, in any of the 8 ways to turn or
         mirror it (the generator learns from all of them), in grey levels; and which that is."""
-        known, small = thumbnails(self.train.images), thumbnails(images)
-        found = []
-        for turned in (small, small.transpose(0, 1, 3, 2)):
-            for rows in (1, -1):
-                for columns in (1, -1):
-                    found.append(evaluate.nearest_distance(turned[:, :, ::rows, ::columns], known))
+        small, found = thumbnails(images), []
+        for first in range(0, len(self.train), 10_000):         # a block at a time bounds memory
+            known = thumbnails(self.train.images[first:first + 10_000])
+            for turned in (small, small.transpose(0, 1, 3, 2)):
+                for rows in (1, -1):
+                    for columns in (1, -1):
+                        distance, index = evaluate.nearest_distance(
+                            turned[:, :, ::rows, ::columns], known)
+                        found.append((distance, first + index))
         distance, index = (np.stack(part) for part in zip(*found))
         best = distance.argmin(0)[None]
         return (np.take_along_axis(distance, best, 0)[0], np.take_along_axis(index, best, 0)[0])

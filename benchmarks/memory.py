@@ -26,7 +26,7 @@ from runfolder import RunFolder
 FEW = ["ddpm.steps=60", "classifier.steps=60", "classifier.guide_steps=20", "ddpm.batch=16",
        "classifier.network=small", "classifier.jitter=[0]", "guidance.steps=2", "loop.seeds=1",
        "guidance.strength=0.3", "loop.margin=1",
-       "loop.added=0.01", "loop.arms=[real, replay, recolour, random, guided]", "data.folds=2",
+       "loop.added=0.01", "loop.surplus=1.0", "loop.arms=[real, recolour, guided]", "data.folds=2",
        "data.val_fraction=0.01", "data.test_fraction=0.01", "evaluate.draws=100"]
 
 
