@@ -10,6 +10,7 @@ import hashlib
 import io
 import itertools
 import json
+import mmap
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -56,6 +57,8 @@ class FileImages:
             here = (index >= start) & (index < start + len(array))
             images[here] = array[index[here] - start]
             start += len(array)
+            if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                array.base.madvise(mmap.MADV_DONTNEED)   # what was read stays in the disk's cache
         return images
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:

@@ -4,8 +4,7 @@
 
 Writes that many small files of four classes to a temporary folder, runs every stage of the loop on
 them with few steps, and prints the peak of resident memory beyond that of the imports (torch among
-them). The images' own file counts where it is mapped, though the system may take that back at any
-time. About 15 minutes on one core.
+them). About 10 minutes on one core.
 """
 import argparse
 import os
