@@ -4,7 +4,7 @@
 
 Writes that many small files of four classes to a temporary folder, runs every stage of the loop on
 them with few steps, and prints the peak of resident memory beyond that of the imports (torch among
-them). About 10 minutes on one core.
+them). Under 10 minutes on one core.
 """
 import argparse
 import os
