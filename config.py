@@ -28,7 +28,8 @@ def within(low: float | None = None, high: float | None = None, *, choices: tupl
 
 @dataclass(frozen=True)
 class Data:
-    kind: str = within(choices=("phantom", "ham10000", "folder"))
+    kind: str = within(choices=("phantom", "ham10000", "isic", "fitzpatrick17k", "dermamnist",
+                               "folder", "csv"))
     root: str
     size: int = within(16, 512)
     seed: int = within(0, 2 ** 32)
@@ -39,6 +40,11 @@ class Data:
     test_fraction: float = within(0.01, 0.5)
     split_by: str = within(choices=("lesion", "image"))
     malignant: list[str]
+    image_column: str
+    label_column: str
+    lesion_column: str
+    group: str
+    skip_bad: bool
     folds: int = within(2, 20)
 
 
@@ -269,9 +275,15 @@ def check_together(c: Config) -> None:
                           f"found {c.data.size}")
     if c.data.kind != "phantom" and not c.data.root:
         raise ConfigError(f"data.root: data.kind '{c.data.kind}' needs the folder of the images")
-    if c.data.kind == "folder" and not c.data.malignant:
-        raise ConfigError("data.malignant: name the folders that hold malignant classes, such as "
-                          "[mel]")
+    if c.data.kind in ("folder", "csv") and not c.data.malignant:
+        raise ConfigError("data.malignant: name the malignant classes, such as [mel]")
+    if c.data.kind == "csv" and not (c.data.image_column and c.data.label_column):
+        raise ConfigError("data.image_column, data.label_column: name the columns of the csv that "
+                          "hold each image's file and class")
+    if c.data.kind == "phantom" and c.data.group or (
+            c.data.kind == "folder" and c.data.group not in ("", "ita")):
+        raise ConfigError(f"data.group: kind {c.data.kind} has no columns, found '{c.data.group}'; "
+                          "write \"\" for none, or with a folder ita")
     if c.data.val_fraction + c.data.test_fraction > 0.8:
         total = c.data.val_fraction + c.data.test_fraction
         raise ConfigError("data.val_fraction + data.test_fraction: at most 0.8, something must be "

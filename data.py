@@ -1,16 +1,16 @@
-"""The images: one container, three loaders, splits that keep a lesion on one side, and pictures.
+"""The images: one container, decoding, splits that keep a lesion on one side, and pictures.
 
-Kinds: the procedural phantom (phantom.py), HAM10000 as users have it on disk, and any folder of
-classes. Everything is a numpy array; nothing here knows of torch, the config or the run.
+The procedural phantom (phantom.py) draws its images; datasets.py says what the others' files look
+like. Everything is a numpy array; nothing here knows of torch, the config or the run.
 
     python data.py --config config.yaml        # writes runs/data.png, prints the counts
-
-HAM10000: Tschandl, Rosendahl, Kittler, Sci. Data 5:180161 (2018), doi:10.7910/DVN/DBW86T.
 """
 import argparse
-import csv
 import hashlib
+import io
+import itertools
 import json
+import mmap
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -19,31 +19,75 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+import datasets
 import phantom
+from datasets import SPLITS, DataError, Listing, Row
 
 LOADER_VERSION = 1   # part of the cache key: raise it whenever `decode` gives other pixels
 PER_IMAGE = {"images": "uint8", "labels": "int64", "groups": "int64", "lesions": "str",
              "folds": "int64", "sources": "str", "subtypes": "int64"}
-HAM_CLASSES = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
-# akiec (actinic keratosis, Bowen's disease) counts as malignant: carcinoma in situ, it is treated
-HAM_MALIGNANT = ("akiec", "bcc", "mel")
-
-
-class DataError(ValueError):
-    """One line: the file or key, what was found there, and what to write instead."""
+# Individual typology angle in degrees, from light to dark: Chardon et al., Int. J. Cosmet. Sci. 13
+# (1991); the six names after Del Bino & Bernerd, Br. J. Dermatol. 169 (2013)
+TONES = ("very light", "light", "intermediate", "tan", "brown", "dark")
+TONE_ENDS = (55, 41, 28, 10, -30)
 
 
 # ---------------------------------------------------------------------------- the container
+
+class FileImages:
+    """Images in a file, behaving like a uint8 array (N, 3, H, W) of which only what is asked for is
+    read: a set larger than memory can be split, joined with others and drawn from.
+
+    arrays: memory maps or arrays (n, 3, H, W); index: (N,) int64, rows of them laid end to end.
+    Indexing along the first axis gives a plain array.
+    """
+    dtype, ndim = np.dtype(np.uint8), 4
+
+    def __init__(self, arrays, index: np.ndarray):
+        self.arrays, self.index = tuple(arrays), index
+        self.shape = (len(index), *arrays[0].shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, key) -> np.ndarray:
+        index = np.asarray(self.index[key])
+        images, start = np.empty((*index.shape, *self.shape[1:]), np.uint8), 0
+        for array in self.arrays:
+            here = (index >= start) & (index < start + len(array))
+            images[here] = array[index[here] - start]
+            start += len(array)
+            if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                array.base.madvise(mmap.MADV_DONTNEED)   # what was read stays in the disk's cache
+        return images
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self[:]
+
+    def join(self, images) -> "FileImages":
+        """These, then `images`."""
+        start = sum(map(len, self.arrays))
+        return FileImages((*self.arrays, np.asarray(images)),
+                          np.concatenate([self.index, start + np.arange(len(images))]))
+
+
+def pick(images, index):
+    """The images that `index` (numbers or truth values) picks: a copy, or without reading any."""
+    if isinstance(images, FileImages):
+        return FileImages(images.arrays, images.index[index])
+    return images[index]
+
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """Labelled images and all that the loop knows of each. Checked when made, then read-only.
 
-    images: uint8 (N, 3, H, W); labels: int64 (N,) index into class_names; groups: int64 (N,) index
-    into group_names (skin type or another attribute), -1 unknown; lesions: (N,) str, the unit that
-    never straddles a split; folds: int64 (N,) cross-fitting fold, -1 none; sources: (N,) str, the
-    image id, for a synthetic image its parent's; malignant: one bool a class; subtypes: int64 (N,)
-    hidden subtype, -1 unknown: for evaluation alone, no model is told.
+    images: uint8 (N, 3, H, W), an array or FileImages; labels: int64 (N,) index into class_names;
+    groups: int64 (N,) index into group_names (skin type or another attribute), -1 unknown; lesions:
+    (N,) str, the unit that never straddles a split; folds: int64 (N,) cross-fitting fold, -1 none;
+    sources: (N,) str, the image id, for a synthetic image its parent's; malignant: one bool a
+    class; subtypes: int64 (N,) hidden subtype, -1 unknown: for evaluation alone, no model is told;
+    notes: what was left out or found while loading, one sentence each.
     Raises DataError if shapes, dtypes or ranges are wrong. torch.tensor(set.images) copies without
     complaint; torch.from_numpy warns, because the arrays are read-only.
     """
@@ -58,10 +102,11 @@ class ImageSet:
     malignant: tuple[bool, ...]
     subtypes: np.ndarray | None = None     # None: unknown for all
     subtype_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self):
         count = len(self.images)
-        for name in ("class_names", "group_names", "malignant", "subtype_names"):
+        for name in ("class_names", "group_names", "malignant", "subtype_names", "notes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.subtypes is None:
             object.__setattr__(self, "subtypes", np.full(count, -1, np.int64))
@@ -71,7 +116,8 @@ class ImageSet:
         ends = {"labels": len(self.class_names), "groups": len(self.group_names),
                 "folds": np.inf, "subtypes": len(self.subtype_names)}
         for name, wanted in PER_IMAGE.items():
-            array = np.asarray(getattr(self, name))
+            array = getattr(self, name)
+            array = array if isinstance(array, FileImages) else np.asarray(array)
             found = "str" if array.dtype.kind == "U" else str(array.dtype)
             shape, fits = f"({count},)", array.shape == (count,)
             if name == "images":
@@ -83,19 +129,20 @@ class ImageSet:
             if name in ends and count and not lowest <= array.min() <= array.max() < ends[name]:
                 raise DataError(f"ImageSet: {name} must lie in {lowest}..{ends[name] - 1}; "
                                 f"found {array.min()}..{array.max()}")
-            view = array.view()   # the lock is on our view: the caller's own array stays writable
-            view.setflags(write=False)
-            object.__setattr__(self, name, view)
+            if isinstance(array, np.ndarray):
+                array = array.view()   # the lock is on our view: the caller's own stays writable
+                array.setflags(write=False)
+            object.__setattr__(self, name, array)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def subset(self, index) -> "ImageSet":
-        """The images that `index` picks: (M,) int, in that order, or (N,) bool. A copy."""
+        """The images that `index` picks: (M,) int, in that order, or (N,) bool."""
         index = np.asarray(index)
         if index.size == 0 and index.dtype != bool:
             index = index.astype(np.int64)   # numpy makes an empty list float
-        return replace(self, **{name: getattr(self, name)[index] for name in PER_IMAGE})
+        return replace(self, **{name: pick(getattr(self, name), index) for name in PER_IMAGE})
 
     def extend(self, other: "ImageSet") -> "ImageSet":
         """These images, then `other`'s. Raises DataError unless names and image size agree."""
@@ -106,36 +153,39 @@ class ImageSet:
         if self.images.shape[1:] != other.images.shape[1:]:
             raise DataError(f"ImageSet.extend: images of {self.images.shape[2:]} and of "
                             f"{other.images.shape[2:]} pixels; load both with the same size")
-        return replace(self, **{name: np.concatenate([getattr(self, name), getattr(other, name)])
-                                for name in PER_IMAGE})
+        both = {name: [getattr(self, name), getattr(other, name)] for name in PER_IMAGE}
+        first, second = both.pop("images")
+        images = (first.join(second) if isinstance(first, FileImages)
+                  else np.concatenate([first, second]))
+        return replace(self, images=images, **{k: np.concatenate(v) for k, v in both.items()})
 
 
 # ---------------------------------------------------------------------------- loaders
 
 def load(kind: str, *, root, size: int, seed: int, train: int, val: int, test: int,
          val_fraction: float, test_fraction: float, split_by: str, malignant, folds: int,
+         image_column: str, label_column: str, lesion_column: str, group: str, skip_bad: bool,
          cache=None, progress=None) -> dict[str, ImageSet]:
     """The splits train (with `folds` folds), val and test of one data set.
 
-    The arguments are the config's section `data`: load(**vars(config.data)). kind: "phantom" (uses
-    size, seed, folds and the counts train, val, test), "ham10000" (root, size, seed, folds and the
-    fractions) or "folder" (the same, and malignant: class names). split_by: "lesion", or "image",
-    the common mistake, to show what it leaks. cache, progress: see `decode_all`. Raises DataError.
+    The arguments are the config's section `data`, explained in config.yaml:
+    load(**vars(config.data)). cache, progress: see `decode_all`. split_by: "lesion", or "image",
+    the common mistake, to show what it leaks. A data set's own splits are kept; by lesion, an image
+    whose lesion stands in several of them goes to the first of train, val, test. Raises DataError.
     """
     if kind == "phantom":
         splits = load_phantom(size, seed, train, val, test)
-    elif kind in ("ham10000", "folder"):
-        loaded = (load_ham10000(root, size, cache, progress) if kind == "ham10000"
-                  else load_folder(root, size, malignant, cache, progress))
+    else:
+        loaded, sides = load_images(kind, root, size, malignant, image_column, label_column,
+                                    lesion_column, group, skip_bad, cache, progress)
         # split by image: every image for its own lesion, and afterwards the lesions put back
         units = loaded if split_by == "lesion" else replace(loaded, lesions=loaded.sources)
-        splits = split_lesions(units, val_fraction, test_fraction, seed)
+        splits = (split_lesions(units, val_fraction, test_fraction, seed) if sides is None
+                  else own_splits(units, sides))
         lesion_of = dict(zip(loaded.sources.tolist(), loaded.lesions.tolist()))
         for name, part in splits.items():
             lesions = np.array([lesion_of[source] for source in part.sources.tolist()])
             splits[name] = replace(part, lesions=lesions)
-    else:
-        raise DataError(f"data.kind: {kind!r} is unknown; write phantom, ham10000 or folder")
     return splits | {"train": add_folds(splits["train"], folds, seed)}
 
 
@@ -184,126 +234,92 @@ def _phantom_set(name: str, count: int, size: int, seed: int, stream: int, weigh
         subtypes=drawn["subtypes"], subtype_names=phantom.SUBTYPE_NAMES)
 
 
-def load_ham10000(root, size: int, cache=None, progress=None) -> ImageSet:
-    """All of HAM10000 below `root`: HAM10000_metadata[.csv] and the .jpg in any folders.
+def load_images(kind: str, root, size: int, malignant, image_column: str, label_column: str,
+                lesion_column: str, group: str, skip_bad: bool, cache=None, progress=None
+                ) -> tuple[ImageSet, np.ndarray | None]:
+    """All images of a real data set below `root`, and (N,) the data set's own splits, or None.
 
-    Images come sorted by id and are decoded to (3, size, size); other files are ignored.
-    cache, progress: see `decode_all`. Raises one DataError that lists every problem found.
+    Images with the very same pixels count as one lesion. Everything wrong with the data is raised
+    in one DataError; with skip_bad the images that it concerns are left out and counted in notes.
     """
-    files = files_below(root, "the folder that holds HAM10000_metadata.csv and the images")
-    tables = [path for path in files if path.name in ("HAM10000_metadata.csv", "HAM10000_metadata")]
-    if not tables:
-        raise DataError(f"data.root: no HAM10000_metadata.csv (or without .csv) below {root}; "
-                        "put the released metadata file there")
-    rows = read_csv(tables[0], ("image_id", "lesion_id", "dx"))
-    photos = {}
-    for path in files:
-        if path.suffix.lower() in (".jpg", ".jpeg"):
-            photos.setdefault(path.stem, []).append(path)
-
-    problems, chosen, first_of_lesion = [], {}, {}
-    for image, lesion, dx in rows:
-        twins = photos.get(image, [])
-        first_image, first_dx = first_of_lesion.setdefault(lesion, (image, dx))
-        if not image or not lesion:
-            problems.append(f"empty image_id or lesion_id (image {image!r}, lesion {lesion!r})")
-        elif image in chosen:
-            problems.append(f"image {image} stands twice in {tables[0].name}: keep one row")
-        elif dx not in HAM_CLASSES:
-            problems.append(f"image {image} has dx {dx!r}: write one of {', '.join(HAM_CLASSES)}")
-        elif dx != first_dx:
-            problems.append(f"lesion {lesion} is {first_dx} in {first_image} but {dx} in {image}")
-        elif not twins:
-            problems.append(f"no {image}.jpg below the root: add it or drop its row")
-        # a common re-pack holds every image in two folders; harmless while they are the same
-        elif len({path.stat().st_size for path in twins}) > 1:
-            problems.append(f"{image}.jpg stands in {len(twins)} folders, not the same: keep one")
-        chosen.setdefault(image, (twins[0] if twins else None, lesion, dx))
-
-    ids = sorted(image for image, (path, _, _) in chosen.items() if path)
-    images = decode_all(ids, [chosen[i][0] for i in ids], size, root, problems, cache, progress)
-    return _image_set(images, [HAM_CLASSES.index(chosen[i][2]) for i in ids],
-                      [chosen[i][1] for i in ids], ids, HAM_CLASSES, HAM_MALIGNANT)
-
-
-def load_folder(root, size: int, malignant, cache=None, progress=None) -> ImageSet:
-    """root/<class>/*.jpg, .jpeg or .png (any case): classes in alphabetical order.
-
-    malignant: names of the malignant classes, some but not all. Nothing says which images share a
-    lesion, so each is its own: the splits are honest only if no lesion was photographed twice.
-    cache, progress: see `decode_all`. Raises DataError.
-    """
-    photos, folders = {}, set()
-    for path in files_below(root, "the folder that holds one folder per class"):
-        parts = path.relative_to(root).parts
-        folders |= {parts[0]} if len(parts) > 1 else set()
-        if len(parts) == 2 and path.suffix.lower() in (".jpg", ".jpeg", ".png"):
-            photos["/".join(parts)] = path
-    ids = sorted(photos)
-    names = tuple(sorted({image.split("/")[0] for image in ids}))
-    if len(names) < 2:
-        raise DataError(f"data.root: {root} holds {len(names)} class folders with images; "
-                        "write root/<class>/*.jpg, .jpeg or .png for at least two classes")
-    empty = sorted(folders - set(names))
-    if empty:
-        raise DataError(f"data.root: {root}/{empty[0]} holds no .jpg, .jpeg or .png of its own; "
-                        "put its images directly there or remove it")
-    unknown = sorted(set(malignant) - set(names))
-    if unknown or not 0 < len(set(malignant)) < len(names):
-        what = f"{unknown[0]!r} is no class" if unknown else f"found {malignant!r}"
-        raise DataError(f"data.malignant: {what}; write a list of some, not all, of the classes "
-                        f"found: {', '.join(names)}")
-    images = decode_all(ids, [photos[i] for i in ids], size, root, [], cache, progress)
-    labels = [names.index(i.split("/")[0]) for i in ids]
-    return _image_set(images, labels, ids, ids, names, malignant)
+    listing = datasets.read(kind, root, malignant, image_column, label_column, lesion_column,
+                            "" if group == "ita" else group)
+    if size < 1:
+        raise DataError(f"data.size: {size} is not a size; write the side in pixels, such as 64")
+    rows, problems, notes = listing.rows, listing.problems, list(listing.notes)
+    images, unreadable = decode_all(listing, size, cache, progress)
+    problems += [(f"{image} cannot be decoded ({reason}): replace the file", [image])
+                 for image, reason in unreadable]
+    bad = {image for _, concerned in problems for image in concerned}
+    twins = same_pixels(rows, images, bad)
+    problems += [(f"{a.image} and {b.image} are the same picture, but {a.label} and {b.label}", [])
+                 for a, b in twins if a.label != b.label]
+    if problems and not skip_bad:
+        shown = "; ".join(text for text, _ in problems[:10]) + ("; ..." * (len(problems) > 10))
+        raise DataError(f"{root}: {len(problems)} problem(s) in the data: {shown} (data.skip_bad: "
+                        "true leaves out what they concern)")
+    bad |= {image for a, b in twins if a.label != b.label for image in (a.image, b.image)}
+    images = pick(images, np.array([row.image not in bad for row in rows], bool))
+    rows = [row for row in rows if row.image not in bad]
+    if problems:
+        notes.append(f"data.skip_bad left out {listing.total - len(rows)} of {listing.total} "
+                     f"images for {len(problems)} problem(s) in the data; the first: "
+                     f"{problems[0][0]}")
+    if not rows:
+        raise DataError(f"{root}: not one image is left; {notes[-1]}")
+    twins = [(a, b) for a, b in twins if b.image not in bad]
+    if twins:
+        notes.append("images that repeat another, pixel for pixel, and count as the same lesion: "
+                     f"{len(twins)}")
+    names, groups = ((), np.full(len(rows), -1)) if not group else (
+        skin_tones(images) if group == "ita" else datasets.coded([row.group for row in rows]))
+    sides = np.array([row.split for row in rows])
+    return ImageSet(
+        images, np.array([listing.class_names.index(row.label) for row in rows]), groups,
+        join_lesions(rows, twins), np.full(len(rows), -1),
+        np.array([row.image for row in rows]), listing.class_names, names,
+        [name in listing.malignant for name in listing.class_names],
+        notes=notes), sides if sides[0] else None
 
 
-def _image_set(images, labels, lesions, ids, class_names, malignant) -> ImageSet:
-    """An ImageSet without groups, folds or subtypes; `malignant` by name."""
-    unknown = np.full(len(ids), -1, np.int64)
-    return ImageSet(images, np.array(labels, np.int64), unknown, np.array(lesions, dtype=str),
-                    unknown, np.array(ids, dtype=str), class_names, (),
-                    tuple(name in malignant for name in class_names))
+def same_pixels(rows: list[Row], images, bad: set[str]) -> list[tuple[Row, Row]]:
+    """(first, copy) for every image with the very same pixels as an earlier one, bad ones aside."""
+    first = {}
+    pairs = [(first.setdefault(hashlib.sha256(image.tobytes()).digest(), row), row)
+             for row, image in zip(rows, images) if row.image not in bad]
+    return [(a, b) for a, b in pairs if a is not b]
 
 
-# ---------------------------------------------------------------------------- files and pixels
+def join_lesions(rows: list[Row], twins: list[tuple[Row, Row]]) -> np.ndarray:
+    """Each row's lesion, (N,); those that share a picture (see same_pixels) under one name. The
+    first of a pair may have been left out of rows: its copies still belong together."""
+    above = {row.lesion: row.lesion for row in [*rows, *(a for a, _ in twins)]}
 
-def files_below(root, wanted: str) -> list[Path]:
-    """Every readable file below `root`, sorted by path; hidden files and folders left out."""
-    if not root or not os.path.isdir(root):
-        raise DataError(f"data.root: {root!r} is not a folder; write {wanted}")
-    found = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith((".", "__MACOSX"))]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path.is_file())
-
-
-def read_csv(path: Path, columns: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """The named columns of a csv with a header, stripped; commas or tabs. Raises DataError."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:   # -sig: spreadsheets add a BOM
-            header = file.readline()
-            file.seek(0)
-            rows = list(csv.DictReader(file, delimiter="\t" if "\t" in header else ","))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path.name}: not a readable csv ({error}); write utf-8 text") from None
-    missing = [name for name in columns if not rows or name not in rows[0]]
-    if missing:
-        raise DataError(f"{path.name}: no {'column ' + missing[0] if rows else 'rows'}; its first "
-                        f"line must name {', '.join(columns)}, found {header.strip()[:80]!r}")
-    return [tuple((row[name] or "").strip() for name in columns) for row in rows]
+    def top(lesion):
+        while above[lesion] != lesion:
+            lesion = above[lesion]
+        return lesion
+    for a, b in twins:
+        low, high = sorted((top(a.lesion), top(b.lesion)))
+        above[high] = low
+    return np.array([top(row.lesion) for row in rows])
 
 
-def decode(path: Path, size: int) -> np.ndarray:
-    """One image file as (3, size, size) uint8 RGB. Raises OSError and the like if unreadable.
+# ---------------------------------------------------------------------------- pixels and cache
+
+def decode(source: Path | np.ndarray, size: int) -> np.ndarray:
+    """One image, a file or (H, W, 3) uint8, as (3, size, size) uint8 RGB. Raises OSError and the
+    like if it is unreadable.
 
     The central square is kept, not the whole 4:3 frame: lesions are photographed in the middle,
     and squeezing would bend every outline. Lanczos with antialiasing keeps the fine lines of the
     pigment network better than a box; JPEGs are reduced first, while decoding, to no less than
     twice the size, which is several times faster.
+
+    Turned as EXIF says; grey, palette and CMYK become RGB, transparency is dropped; grey of 16 or
+    more bits is refused, and so is whatever Pillow takes for a decompression bomb.
     """
-    with Image.open(path) as image:
+    with Image.open(source) if isinstance(source, Path) else Image.fromarray(source) as image:
         image.draft("RGB", (2 * size, 2 * size))
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):
@@ -314,71 +330,88 @@ def decode(path: Path, size: int) -> np.ndarray:
         return np.asarray(image.resize((size, size), Image.LANCZOS)).transpose(2, 0, 1)
 
 
-def decode_all(ids, paths, size: int, root, problems=(), cache=None, progress=None) -> np.ndarray:
-    """Decode files to uint8 (N, 3, size, size), once: later calls read the cache.
+def decode_all(listing: Listing, size: int, cache=None, progress=None):
+    """The listing's images, uint8 (N, 3, size, size), and (id, reason) of each unreadable one,
+    whose pixels are 0.
 
-    ids: (N,) sorted image ids; problems: lines already found by the caller, reported together with
-    the unreadable images. cache: path prefix; <cache>.npy holds the array and <cache>.json its key
-    (ids, file sizes, size, loader version), or None. A cache with another key or damaged content is
-    rebuilt. progress: called as progress(done, total) after each image decoded.
-    Raises DataError with the first 10 problems and their count.
+    cache: path prefix, or None for an array in memory. <cache>.npy holds the images, written one by
+    one and read as FileImages; <cache>.json its key (ids, file sizes, size, loader version) and
+    checksum. A cache with another key or damaged content is rebuilt. progress: called as
+    progress(done, total) after each image decoded. Raises DataError if the cache cannot be written.
     """
-    if size < 1:
-        raise DataError(f"data.size: {size} is not a size; write the side in pixels, such as 64")
-    problems = list(problems)
-    content = [LOADER_VERSION, size, [[i, p.stat().st_size] for i, p in zip(ids, paths)]]
+    rows, unreadable = listing.rows, []
+    content = [LOADER_VERSION, size, [[row.image, row.path.stat().st_size] for row in rows]]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    if cache and not problems:
-        images = _read_cache(cache, key)
-        if images is not None:
-            return images
-    images = np.empty((len(ids), 3, size, size), np.uint8)
-    for i, path in enumerate(paths):
-        try:
-            images[i] = decode(path, size)
-        # what PIL raises for foreign, truncated, damaged and absurdly large files
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-            reason = str(error).replace(str(path), path.name)
-            problems.append(f"{ids[i]} cannot be decoded ({reason}): replace the file")
-        if progress:
-            progress(i + 1, len(ids))
-    if problems:
-        shown = "; ".join(problems[:10]) + ("; ..." if len(problems) > 10 else "")
-        raise DataError(f"{root}: {len(problems)} problem(s) in the data: {shown}")
+    cache = cache if rows else None      # an empty file cannot be mapped
+    cached = cache and _read_cache(cache, key)
+    if cached:
+        return cached
+
+    def decoded():
+        sources = listing.pixels() if listing.pixels else (row.path for row in rows)
+        for i, (row, source) in enumerate(zip(rows, sources)):
+            try:
+                yield decode(source, size)
+            # what PIL raises for foreign, truncated, damaged and absurdly large files
+            except (OSError, SyntaxError, ValueError, EOFError,
+                    Image.DecompressionBombError) as error:
+                reason = str(error).replace(str(row.path), row.path.name)
+                unreadable.append([row.image, reason])
+                yield np.zeros((3, size, size), np.uint8)
+            if progress:
+                progress(i + 1, len(rows))
     if cache:
-        _write_cache(cache, key, images)
-    return images
+        _write_cache(cache, key, decoded(), (len(rows), 3, size, size), unreadable)
+        cached = _read_cache(cache, key)
+        if not cached:
+            raise DataError(f"cache {cache}: another run has written it meanwhile; start again")
+        return cached
+    images = np.empty((len(rows), 3, size, size), np.uint8)
+    for i, image in enumerate(decoded()):
+        images[i] = image
+    return images, unreadable
 
 
-def _read_cache(prefix, key: str) -> np.ndarray | None:
-    """The cached array if its note carries this key and the checksum of the very file, or None."""
+def _read_cache(prefix, key: str):
+    """What decode_all returns, if the note carries this key and the file's checksum, else None."""
     try:
         note = json.loads(Path(f"{prefix}.json").read_text())
         with open(f"{prefix}.npy", "rb") as file:
-            if note != {"key": key, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}:
-                return None
-            file.seek(0)
-            return np.load(file, allow_pickle=False)
-    except (OSError, ValueError):   # none there yet, or not ours: the caller decodes again
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        if note["key"] != key or note["sha256"] != checksum:
+            return None
+        images = np.load(f"{prefix}.npy", mmap_mode="r")
+        return FileImages([images], np.arange(len(images))), note["unreadable"]
+    except (OSError, ValueError, TypeError, KeyError):   # none there yet, or not ours
         return None
 
 
-def _write_cache(prefix, key: str, images: np.ndarray) -> None:
-    """Write the array, then its note: a stop in between leaves a checksum that cannot match."""
-    def write(path, save):
-        temporary = f"{path}.{os.getpid()}.tmp"
-        with open(temporary, "wb") as file:
-            save(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+def _write_cache(prefix, key: str, images, shape: tuple[int, ...], unreadable: list) -> None:
+    """Write the images as they come, then the note (`unreadable` is filled by then): a stop in
+    between leaves a checksum that cannot match."""
+    def write(path, parts):
+        temporary = Path(f"{path}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        head, {"descr": "|u1", "fortran_order": False, "shape": shape})
     try:
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        write(f"{prefix}.npy", lambda file: np.save(file, images))
+        write(f"{prefix}.npy", itertools.chain([head.getvalue()],
+                                               (image.tobytes() for image in images)))
         with open(f"{prefix}.npy", "rb") as file:
-            note = {"key": key, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-        write(f"{prefix}.json", lambda file: file.write(json.dumps(note).encode()))
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        note = {"key": key, "sha256": checksum, "unreadable": unreadable}
+        write(f"{prefix}.json", [json.dumps(note).encode()])
     except OSError as error:
         raise DataError(f"cache {prefix}: {error.strerror}; free the disk or choose another "
                         "folder") from None
@@ -423,7 +456,21 @@ def split_lesions(image_set: ImageSet, val_fraction: float, test_fraction: float
                             "and test; add lesions, drop the class or lower the fractions")
         side[members] = np.repeat([1, 2, 0], [val, test, len(members) - val - test])
     return {name: image_set.subset(side[lesion] == i)
-            for i, name in enumerate(("train", "val", "test"))}
+            for i, name in enumerate(SPLITS)}
+
+
+def own_splits(image_set: ImageSet, sides: np.ndarray) -> dict[str, ImageSet]:
+    """Split as the data set says, sides (N,); but a lesion that stands in several splits goes to
+    the first of train, val, test, and a note counts the images moved."""
+    side = np.array([SPLITS.index(name) for name in sides])
+    _, lesion = np.unique(image_set.lesions, return_inverse=True)
+    first = np.full(lesion.max() + 1, len(SPLITS))
+    np.minimum.at(first, lesion, side)
+    moved = int((first[lesion] != side).sum())
+    if moved:
+        image_set = replace(image_set, notes=(*image_set.notes, (
+            f"images moved to the split where their lesion already stands: {moved}")))
+    return {name: image_set.subset(first[lesion] == i) for i, name in enumerate(SPLITS)}
 
 
 def leaked_share(splits: dict[str, ImageSet]) -> dict[str, float]:
@@ -568,7 +615,36 @@ def border_colour(images: np.ndarray) -> np.ndarray:
         raise DataError(f"border_colour: images of {height} x {width} pixels; give at least 8 x 8")
     y, x = np.arange(height) - (height - 1) / 2, np.arange(width) - (width - 1) / 2
     radius = np.hypot(y[:, None], x) / (min(height, width) / 2)
-    return np.median(images[:, :, (radius >= 0.85) & (radius < 1)], axis=2)
+    ring = (radius >= 0.85) & (radius < 1)
+    return np.concatenate([np.median(images[i:i + 1000][:, :, ring], axis=2)
+                           for i in range(0, max(1, len(images)), 1000)])
+
+
+def to_lab(rgb: np.ndarray) -> np.ndarray:
+    """sRGB in 0..255 to CIELAB under D65, both (..., 3). IEC 61966-2-1; CIE 15."""
+    c = np.asarray(rgb, np.float64) / 255
+    linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+    xyz = linear @ np.array([[0.4124, 0.2126, 0.0193], [0.3576, 0.7152, 0.1192],
+                             [0.1805, 0.0722, 0.9505]])
+    ratio = xyz / [0.9505, 1.0, 1.089]                                # to the white point
+    f = np.where(ratio > (6 / 29) ** 3, np.cbrt(ratio), ratio / 3 * (29 / 6) ** 2 + 4 / 29)
+    x, y, z = np.moveaxis(f, -1, 0)
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
+
+
+def skin_tones(images) -> tuple[tuple[str, ...], np.ndarray]:
+    """The skin-tone estimates that occur, from light to dark, and each image's, (N,) int64.
+
+        ITA = arctan((L* - 50) / b*)
+
+    in degrees, of the border's colour. An estimate: photographs are not calibrated, and it is no
+    skin type. Chardon et al. 1991.
+    """
+    lab = to_lab(border_colour(images))
+    # arctan2 is the same for yellowish skin, b* > 0, and keeps light above dark where b* is below
+    angle = np.degrees(np.arctan2(lab[:, 0] - 50, lab[:, 2]))
+    kept, index = np.unique((angle[:, None] <= TONE_ENDS).sum(1), return_inverse=True)
+    return tuple(TONES[k] for k in kept), index
 
 
 def main() -> None:
@@ -591,7 +667,7 @@ def main() -> None:
         sys.exit(2)
     os.makedirs(os.path.dirname(arguments.out) or ".", exist_ok=True)
     class_by_group_sheet(splits["train"], title="train: class by group").save(arguments.out)
-    print(counts_table(splits))
+    print(counts_table(splits), *splits["train"].notes, sep="\n")
     print("share of test images whose lesion is also in train:", ", ".join(
         f"{name} {share:.0%}" for name, share in leaked_share(splits).items()))
     print(f"wrote {arguments.out}")

@@ -16,23 +16,24 @@ import torch
 import classifier
 import config as configuration
 import data
+import datasets
 import evaluate
 import report
 from config import Config
 from data import DataError, ImageSet
+from datasets import Listing, Row
 from runfolder import Progress, RunError, RunFolder, write_bytes
 from training import seeded
-
-PHOTOS = (".jpg", ".jpeg", ".png")
 
 
 def photos(root: Path, key: str) -> list[Path]:
     """Every image file at any depth below `root`. Raises DataError that names the key."""
     if not root.is_dir():
         raise DataError(f"{key}: {root} is no folder; write one that holds images")
-    found = [path for path in data.files_below(root, "") if path.suffix.lower() in PHOTOS]
+    found = [path for path in datasets.files_below(root)
+             if path.suffix.lower() in datasets.SUFFIXES]
     if not found:
-        raise DataError(f"{key}: {root} holds no {', '.join(PHOTOS)}")
+        raise DataError(f"{key}: {root} holds no {', '.join(datasets.SUFFIXES)}")
     return found
 
 
@@ -44,7 +45,9 @@ def load_made(path: str, like: ImageSet, size: int) -> ImageSet:
     """
     root, key = Path(path), "guidance.external"
     if root.is_file():
-        rows, root = data.read_csv(root, ("image", "class", "group")), root.parent
+        columns = ("image", "class", "group")
+        rows = [tuple(row[k] for k in columns) for row in datasets.read_csv(root, columns)]
+        root = root.parent
     else:
         parts = [file.relative_to(root).parts for file in photos(root, key)]
         rows = [("/".join(part), *(*part[:-1], "", "")[:2]) for part in parts]
@@ -60,13 +63,16 @@ def load_made(path: str, like: ImageSet, size: int) -> ImageSet:
             problems.append(f"{image} has group {group!r}: write one of "
                             f"{', '.join(like.group_names) or 'none, the data set has none'}")
         else:
-            chosen.append((image, like.class_names.index(name),
-                           like.group_names.index(group) if group else -1))
-    ids = [image for image, _, _ in chosen]
-    images = data.decode_all(ids, [root / image for image in ids], size, f"{key}: {path}", problems)
-    labels, groups = np.array([row[1:] for row in chosen], np.int64).T
-    names = np.array([f"external/{image}" for image in ids])
-    return ImageSet(images, labels, groups, names, np.full(len(ids), -1), names, like.class_names,
+            chosen.append(Row(image, name, group=group, path=file))
+    images, unreadable = data.decode_all(Listing(chosen, like.class_names, ()), size)
+    problems += [f"{image} cannot be decoded ({reason})" for image, reason in unreadable]
+    if problems:
+        raise DataError(f"{key}: {path}: {len(problems)} problem(s): {'; '.join(problems[:10])}"
+                        + "; ..." * (len(problems) > 10))
+    labels = np.array([like.class_names.index(row.label) for row in chosen])
+    groups = np.array([like.group_names.index(row.group) if row.group else -1 for row in chosen])
+    names = np.array([f"external/{row.image}" for row in chosen])
+    return ImageSet(images, labels, groups, names, np.full(len(names), -1), names, like.class_names,
                     like.group_names, like.malignant, subtype_names=like.subtype_names)
 
 
@@ -100,7 +106,7 @@ class Finished:
                 c.classifier.network, c.data.size, len(self.class_names),
                 published=bool(c.classifier.weights))).to(self.device)
             student.load_state_dict(stored["network"])
-            found.append(classifier.predict(student, torch.tensor(images, device=self.device),
+            found.append(classifier.predict(student, torch.tensor(np.asarray(images), device=self.device),
                                             self.bf16))
         return np.stack(found)
 
@@ -176,15 +182,17 @@ def predict_folder(folder: str, run: Path, out: Path) -> None:
     students of arm `guided`, or of `real` where there is none. Raises DataError and RunError."""
     root, finished, progress = Path(folder), Finished(run), Progress("images")
     files = photos(root, "--predict")
-    ids = [file.relative_to(root).as_posix() for file in files]
-    images = data.decode_all(ids, files, finished.config.data.size, f"--predict {folder}",
-                             progress=progress)
+    rows = [Row(file.relative_to(root).as_posix(), "", path=file) for file in files]
+    images, unreadable = data.decode_all(Listing(rows, (), ()), finished.config.data.size,
+                                         progress=progress)
     progress.end()
+    if unreadable:
+        raise DataError("--predict {}: {} cannot be decoded ({})".format(folder, *unreadable[0]))
     arm = "guided" if "guided" in finished.arms else "real"
     probs = finished.predict(finished.students(arm), images).mean(0)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(
         [["image", *finished.class_names],
-         *([i, *(f"{value:.6f}" for value in row)] for i, row in zip(ids, probs))])
+         *([row.image, *(f"{value:.6f}" for value in prob)] for row, prob in zip(rows, probs))])
     write_bytes(out, text.getvalue().encode())
-    print(f"wrote {out}: {len(ids)} images, the mean over the students of arm '{arm}'")
+    print(f"wrote {out}: {len(rows)} images, the mean over the students of arm '{arm}'")

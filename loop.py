@@ -43,7 +43,7 @@ from config import ARMS, Config, ConfigError
 from data import DataError, ImageSet
 from runfolder import (Progress, RunError, RunFolder, clock, held, new_folder, save_picture,
                        write_bytes)
-from training import seeded, to_float, to_uint8
+from training import Streamed, seeded, to_float, to_uint8
 from unet import UNet
 
 CHILDREN = 5        # at most of one parent: on the phantom, one for every other skin type
@@ -101,7 +101,7 @@ class Experiment:
         if "external" in self.arms:
             self.external = external.load_made(self.config.guidance.external, self.train, c.size)
         self.run.owner = owner(self.config, self.splits)
-        print(data.counts_table(self.splits))
+        print(data.counts_table(self.splits), *self.train.notes, sep="\n")
         self.run.log("data", **{name: data.counts(s) for name, s in self.splits.items()})
         if not self.train.group_names and self.config.guidance.start == "counterfactual":
             print("no groups: a counterfactual would be the image itself, so guidance.start is "
@@ -117,8 +117,11 @@ class Experiment:
         self.tensors = {name: self.tensor(s.images) for name, s in self.splits.items()}
         self.schedule = ddpm.Schedule(self.config.ddpm.T, self.config.ddpm.schedule, self.device)
 
-    def tensor(self, array: np.ndarray) -> Tensor:
-        return torch.tensor(array, device=self.device)
+    def tensor(self, array) -> Tensor | Streamed:
+        """On the device; for a CPU, images in a file stay there."""
+        if isinstance(array, data.FileImages) and self.device.type == "cpu":
+            return Streamed(array)
+        return torch.tensor(np.asarray(array), device=self.device)
 
     def seed(self, *parts) -> int:
         return derive(self.config.loop.seed, *parts)
@@ -178,7 +181,7 @@ class Experiment:
         return network
 
     def predict(self, network: classifier.ResNet, images) -> np.ndarray:
-        x = images if isinstance(images, Tensor) else self.tensor(images)
+        x = images if isinstance(images, Tensor | Streamed) else self.tensor(images)
         return classifier.predict(network, x, self.bf16)
 
     def choose_jitter(self) -> None:
@@ -212,12 +215,15 @@ class Experiment:
     def nearest(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Each image's distance to the nearest training image, in any of the 8 ways to turn or
         mirror it (the generator learns from all of them), in grey levels; and which that is."""
-        known, small = thumbnails(self.train.images), thumbnails(images)
-        found = []
-        for turned in (small, small.transpose(0, 1, 3, 2)):
-            for rows in (1, -1):
-                for columns in (1, -1):
-                    found.append(evaluate.nearest_distance(turned[:, :, ::rows, ::columns], known))
+        small, found = thumbnails(images), []
+        for first in range(0, len(self.train), 10_000):         # a block at a time bounds memory
+            known = thumbnails(self.train.images[first:first + 10_000])
+            for turned in (small, small.transpose(0, 1, 3, 2)):
+                for rows in (1, -1):
+                    for columns in (1, -1):
+                        distance, index = evaluate.nearest_distance(
+                            turned[:, :, ::rows, ::columns], known)
+                        found.append((distance, first + index))
         distance, index = (np.stack(part) for part in zip(*found))
         best = distance.argmin(0)[None]
         return (np.take_along_axis(distance, best, 0)[0], np.take_along_axis(index, best, 0)[0])
@@ -253,7 +259,7 @@ class Experiment:
         the fold of the image, or of a child's parent."""
         probs = np.zeros((len(images), len(self.train.class_names)), np.float32)
         for k, student in enumerate(students):
-            probs[folds == k] = self.predict(student, images[folds == k])
+            probs[folds == k] = self.predict(student, data.pick(images, folds == k))
         return probs
 
     def mine(self, images: ImageSet, probs: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -397,7 +403,7 @@ class Experiment:
             seeds = np.array([derive(seed, i) for i in range(len(chosen))])
             dropped, finite = 0, np.ones(len(parents), bool)
             if arm in ("replay", "external"):
-                images = parents.images
+                images = np.asarray(parents.images)
             elif arm == "recolour":
                 images = recoloured(self.train, parents, targets, seed)
             else:
@@ -685,6 +691,7 @@ class Experiment:
                    "config": report.private(c.as_dict()),
                    "environment": environment(self.device, self.bf16),
                    "splits": {name: data.counts(s) for name, s in self.splits.items()},
+                   "notes": list(self.train.notes),
                    "jitter": {"chosen": self.jitter, "val_balanced_accuracy":
                               {f"{k:g}": v for k, v in self.jitter_scores.items()}},
                    **evaluate.score(predictions, min_count=c.evaluate.min_count,
@@ -858,7 +865,7 @@ def inception_features(path: str, device: torch.device):
     @torch.no_grad()
     def features(images):
         return torch.cat([network(part.to(device), return_features=True).float().cpu()
-                          for part in torch.tensor(images).split(64)]).numpy()
+                          for part in torch.tensor(np.asarray(images)).split(64)]).numpy()
     return features
 
 
@@ -880,7 +887,7 @@ def recoloured(train: ImageSet, parents: ImageSet, targets: np.ndarray,
         other = np.array([rng.choice(np.flatnonzero(train.labels == y)) for y in parents.labels])
         gain = border[other] / np.maximum(data.border_colour(parents.images), 1)
         gain = gain.clip(0.5, 2)
-    bright = parents.images * gain[:, :, None, None]
+    bright = np.asarray(parents.images) * gain[:, :, None, None]
     return bright.round().clip(0, 255).astype(np.uint8)
 
 

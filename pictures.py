@@ -28,7 +28,7 @@ def hard_cases(train: ImageSet, probs: np.ndarray, margin: np.ndarray,
     chosen = np.argsort(margin, kind="stable")[:count]
     names = train.class_names
     captions = [f"{names[train.labels[i]]} > {names[probs[i].argmax()]}"
-                + (f"\ntype {train.group_names[train.groups[i]]}" if train.groups[i] >= 0 else "")
+                + (f"\n{train.group_names[train.groups[i]]}" if train.groups[i] >= 0 else "")
                 for i in chosen]
     return contact_sheet(train.images[chosen], captions, 8, zoom(train.images))
 

@@ -75,7 +75,8 @@ def write(folder: Path) -> None:
         *section("Rounds", sheet(results, rounds)),
         *section("Filter", *filtered(results)),
         *section("The generator", *generator(results)),
-        *section("Splits", sheet(results, results.get("splits") or {})),
+        *section("Splits", *(("p", f"{note}.") for note in results.get("notes") or ()),
+                 sheet(results, results.get("splits") or {})),
         *section("Settings", ("code", as_yaml(private(results.get("config") or {})))),
         *section("Versions and hardware", sheet(results, {"value": known})),
         *section("Minutes", sheet(results, {"minutes": {
@@ -408,7 +409,10 @@ def marked(results, words: str) -> str:
 def kind_of_group(results) -> str:
     parts = [*(results.get("splits") or {}).values(), *(results.get("arms") or {}).values()]
     names = {name for part in parts for k in ("groups", "per_group") for name in part.get(k) or ()}
-    return "skin type" if names <= {"I", "II", "III", "IV", "V", "VI"} else "group"
+    names -= {"unknown"}
+    return ("skin type" if names <= {"I", "II", "III", "IV", "V", "VI"} else
+            "skin-tone estimate" if names <= {"very light", "light", "intermediate", "tan", "brown",
+                                              "dark"} else "group")
 
 
 def private(value):

@@ -37,6 +37,24 @@ def to_uint8(x: Tensor) -> Tensor:
     return x.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+class Streamed:
+    """uint8 images (N, 3, H, W) on a CPU that are read when a batch is asked for, from a
+    data.FileImages: as much of a tensor as training and prediction need."""
+    device = torch.device("cpu")
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: slice | Tensor) -> Tensor:
+        return torch.from_numpy(self.images[index])
+
+    def split(self, size: int):
+        return (self[i:i + size] for i in range(0, len(self), size))
+
+
 def random_turn(x: Tensor, generator: torch.Generator) -> Tensor:
     """Each image under one of the 8 symmetries of the square: dermoscopy has no up or left.
 

@@ -25,12 +25,11 @@ def test_the_default_holds_exactly_the_declared_keys():
 
 @pytest.mark.parametrize("path", sorted((HERE / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_config_loads_and_says_what_differs_only(path):
-    root = ["data.root=somewhere"] if "ham" in path.stem else []
-    built = config.load(path, root).as_dict()
-    default = yaml.safe_load(DEFAULT.read_text())
-    for section, keys in yaml.safe_load(path.read_text()).items():
+    built, own = config.load(path).as_dict(), yaml.safe_load(path.read_text())
+    default = config.load(path.parent / own["extends"]).as_dict()
+    for section, keys in own.items():
         for key, value in keys.items() if section != "extends" else ():
-            assert built[section][key] == value or key == "root"
+            assert built[section][key] == value
             assert default[section][key] != value, f"{section}.{key} repeats the default"
 
 
@@ -64,6 +63,8 @@ OVERRIDES = [
     ("data.size=256", "data.size", "phantom"), ("data.kind=ham1000", "data.kind", "ham10000"),
     ("data.kind=ham10000", "data.root", "folder"), ("data.kind=on", "data.kind", "phantom"),
     ("data.val_fraction=0.9", "data.val_fraction", "between"),
+    ("data.skip_bad=1", "data.skip_bad", "true or false"),
+    ("data.group=sex", "data.group", "phantom"),
     ("data.malignant=mel", "data.malignant", "list"), ("data.folds=1", "data.folds", "between"),
     ("classifier.jitter=[]", "classifier.jitter", "empty"),
     ("classifier.jitter=0.3", "classifier.jitter", "list"),
@@ -95,6 +96,10 @@ def test_a_wrong_value_is_named(override, key, hint):
 def test_what_only_keys_together_get_wrong():
     for overrides, key in (
             (["data.kind=folder", "data.root=x"], "data.malignant"),
+            (["data.kind=folder", "data.root=x", "data.malignant=[a]", "data.group=sex"],
+             "data.group"),
+            (["data.kind=csv", "data.root=x", "data.malignant=[a]", "data.image_column=file"],
+             "data.label_column"),
             (["data.kind=ham10000", "data.root=x", "data.val_fraction=0.45",
               "data.test_fraction=0.45"], "data.val_fraction"),
             (["loop.mine_from=test", "loop.arms=[real]"], "loop.mine_from")):

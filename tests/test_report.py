@@ -279,7 +279,8 @@ def test_roc_area_is_the_share_of_ordered_pairs():
 
 
 @pytest.mark.parametrize("kwargs", [{"arms": ("real",)}, {"groups": ()},
-                                    {"arms": ("a", "b"), "groups": ("old",)}])
+                                    {"arms": ("a", "b"), "groups": ("old",)},
+                                    {"groups": ("light", "dark", "unknown")}])
 def test_fewer_arms_or_groups(tmp_path, kwargs):
     results, md, html = fake_run(tmp_path, **kwargs)
     for name, arm in results["arms"].items():
@@ -287,6 +288,15 @@ def test_fewer_arms_or_groups(tmp_path, kwargs):
     assert ("## By" in md.replace("## By hidden", "")) == (kwargs.get("groups") != ())
     assert ("## Differences" in md) == (kwargs.get("arms") != ("real",))
     assert "by group" in html if kwargs.get("groups") == ("old",) else "by group" not in html
+    assert ("by skin-tone estimate" in html) == ("dark" in kwargs.get("groups", ()))
+
+
+def test_what_loading_left_out_stands_with_the_splits(tmp_path):
+    results, *_ = fake_run(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps(results | {"notes": ["left out 3 of 9"]}))
+    report.write(tmp_path)
+    md = (tmp_path / "report.md").read_text()
+    assert "left out 3 of 9." in md[md.index("## Splits"):md.index("## Settings")]
 
 
 def test_what_is_absent_is_left_out(tmp_path):
