@@ -95,7 +95,7 @@ class Finished:
 
     def predict(self, names: list[str], images: np.ndarray) -> np.ndarray:
         """Class probabilities by the students of these checkpoints: (students, N, C) float32."""
-        c, found = self.config, []
+        c, found, x = self.config, [], torch.tensor(np.asarray(images), device=self.device)
         for name in names:
             stored = self.run.load(name, self.device)
             if stored is None:
@@ -106,8 +106,7 @@ class Finished:
                 c.classifier.network, c.data.size, len(self.class_names),
                 published=bool(c.classifier.weights))).to(self.device)
             student.load_state_dict(stored["network"])
-            found.append(classifier.predict(student, torch.tensor(np.asarray(images), device=self.device),
-                                            self.bf16))
+            found.append(classifier.predict(student, x, self.bf16))
         return np.stack(found)
 
     def students(self, arm: str) -> list[str]:
