@@ -246,14 +246,13 @@ def main() -> None:
     """Train one student on a config's train split and score it on val; or let a run's students
     say what the images of a folder show."""
     import argparse             # this and all below: for this command alone
-    import sys
     from pathlib import Path
 
     import config
     import data
     import evaluate
     import external
-    from runfolder import Progress, RunError
+    from runfolder import Progress, one_line
     from training import seeded
     parser = argparse.ArgumentParser(description="Train one student and score it, or predict.")
     which = parser.add_mutually_exclusive_group(required=True)
@@ -265,7 +264,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if bool(arguments.predict) != bool(arguments.checkpoint):
         parser.error("--predict DIR and --checkpoint runs/NAME go together")
-    try:
+    with one_line("classifier.py"):
         if arguments.predict:
             return external.predict_folder(arguments.predict, arguments.checkpoint, arguments.out)
         c = config.load(arguments.config, arguments.set)
@@ -275,21 +274,19 @@ def main() -> None:
             k.network, c.data.size, len(train_set.class_names), published=bool(k.weights)))
         if k.weights:
             load_weights(network, k.weights)
-    except (ValueError, OSError, RunError) as error:
-        sys.exit(print(f"classifier.py: {error}", file=sys.stderr) or 2)
-    progress = Progress("student")
-    train(network, torch.tensor(train_set.images), torch.tensor(train_set.labels),
-          torch.tensor(balanced_weights(train_set.labels)), steps=k.steps, batch=k.batch, lr=k.lr,
-          jitter=k.jitter[0], seed=c.loop.seed,
-          on_step=lambda step, steps, value: progress(step, steps, f"loss {value:.4f}"))
-    s = splits["val"]           # test is scored once, by the loop
-    found = evaluate.metrics(
-        predict(network, torch.tensor(s.images)), s.labels, malignant=np.array(s.malignant),
-        class_names=s.class_names, groups=s.groups, group_names=s.group_names, lesions=s.lesions,
-        min_count=c.evaluate.min_count)
-    print("val:", ", ".join(f"{key} {found[key]:.3f}" for key in (
-        "accuracy", "sensitivity", "specificity", "balanced_accuracy", "auroc", "ece")
-        if found[key] is not None))
+        progress = Progress("student")
+        train(network, torch.tensor(train_set.images), torch.tensor(train_set.labels),
+              torch.tensor(balanced_weights(train_set.labels)), steps=k.steps, batch=k.batch,
+              lr=k.lr, jitter=k.jitter[0], seed=c.loop.seed,
+              on_step=lambda step, steps, value: progress(step, steps, f"loss {value:.4f}"))
+        s = splits["val"]           # test is scored once, by the loop
+        found = evaluate.metrics(
+            predict(network, torch.tensor(s.images)), s.labels, malignant=np.array(s.malignant),
+            class_names=s.class_names, groups=s.groups, group_names=s.group_names,
+            lesions=s.lesions, min_count=c.evaluate.min_count)
+        print("val:", ", ".join(f"{key} {found[key]:.3f}" for key in (
+            "accuracy", "sensitivity", "specificity", "balanced_accuracy", "auroc", "ece")
+            if found[key] is not None))
 
 
 if __name__ == "__main__":

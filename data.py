@@ -189,6 +189,18 @@ def load(kind: str, *, root, size: int, seed: int, train: int, val: int, test: i
     return splits | {"train": add_folds(splits["train"], folds, seed)}
 
 
+def load_whole(kind: str, *, cache=None, progress=None, **section) -> ImageSet:
+    """All images of one data set, not split: the arguments of `load`."""
+    def some(*names):
+        return {name: section[name] for name in names}
+    if kind == "phantom":
+        train, val, test = load_phantom(**some("size", "seed", "train", "val", "test")).values()
+        return train.extend(val).extend(test)
+    return load_images(kind, cache=cache, progress=progress, **some(
+        "root", "size", "malignant", "image_column", "label_column", "lesion_column", "group",
+        "skip_bad"))[0]
+
+
 def load_phantom(size: int, seed: int, train: int, val: int, test: int) -> dict[str, ImageSet]:
     """Three independent draws from the phantom: `train`, `val`, `test` images of size x size.
 
@@ -263,8 +275,7 @@ def load_images(kind: str, root, size: int, malignant, image_column: str, label_
     rows = [row for row in rows if row.image not in bad]
     if problems:
         notes.append(f"data.skip_bad left out {listing.total - len(rows)} of {listing.total} "
-                     f"images for {len(problems)} problem(s) in the data; the first: "
-                     f"{problems[0][0]}")
+                     f"images for {len(problems)} problem(s) in the data")
     if not rows:
         raise DataError(f"{root}: not one image is left; {notes[-1]}")
     twins = [(a, b) for a, b in twins if b.image not in bad]
@@ -390,6 +401,9 @@ def _write_cache(prefix, key: str, images, shape: tuple[int, ...], unreadable: l
     """Write the images as they come, then the note (`unreadable` is filled by then): a stop in
     between leaves a checksum that cannot match."""
     def write(path, parts):
+        for left in Path(path).parent.glob(f"{Path(path).name}.*.tmp"):     # of killed processes
+            if not Path("/proc", left.suffixes[-2][1:]).exists():
+                left.unlink(missing_ok=True)
         temporary = Path(f"{path}.{os.getpid()}.tmp")
         try:
             with open(temporary, "wb") as file:
@@ -662,11 +676,11 @@ def main() -> None:
         settings = config.load(arguments.config, arguments.set)
         splits = load(**vars(settings.data), progress=progress,
                       cache=os.path.splitext(arguments.out)[0])
-    except ValueError as error:   # DataError and config's own error: one line, no traceback
+        os.makedirs(os.path.dirname(arguments.out) or ".", exist_ok=True)
+        class_by_group_sheet(splits["train"], title="train: class by group").save(arguments.out)
+    except (ValueError, OSError) as error:  # DataError and config's own: one line, no traceback
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    os.makedirs(os.path.dirname(arguments.out) or ".", exist_ok=True)
-    class_by_group_sheet(splits["train"], title="train: class by group").save(arguments.out)
     print(counts_table(splits), *splits["train"].notes, sep="\n")
     print("share of test images whose lesion is also in train:", ", ".join(
         f"{name} {share:.0%}" for name, share in leaked_share(splits).items()))

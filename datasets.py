@@ -8,7 +8,6 @@ corrected, DermaMNIST-C and -E: Abhishek, Jain, Hamarneh, Sci. Data 12:196 (2025
 """
 import csv
 import os
-import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -217,14 +216,13 @@ def stream(path: Path, name: str, count: int) -> Iterator[np.ndarray]:
 
 
 def folder(files: list[Path], root) -> list[Row]:
-    """root/<class>/*.jpg, .jpeg or .png; a run's synthetic/ has round_1/ and so on between."""
+    """root/<class>/*.jpg, .jpeg or .png."""
     rows, folders = [], set()
     for path in files:
         parts = path.relative_to(root).parts
-        inner = parts[1:] if re.fullmatch(r"round_\d+", parts[0]) else parts
-        folders |= {inner[0]} if len(inner) > 1 else set()
-        if len(inner) == 2 and path.suffix.lower() in SUFFIXES:
-            rows.append(Row("/".join(parts), inner[0]))
+        folders |= {parts[0]} if len(parts) > 1 else set()
+        if len(parts) == 2 and path.suffix.lower() in SUFFIXES:
+            rows.append(Row("/".join(parts), parts[0]))
     names = {row.label for row in rows}
     if len(names) < 2:
         raise DataError(f"data.root: {root} holds {len(names)} class folders with images; "

@@ -319,7 +319,6 @@ def invert_ddim(eps_model: EpsModel, schedule: Schedule, x0: Tensor, steps: int,
 def main() -> None:
     """Train on a config's data; draw every class on every group from pure noise."""
     import argparse             # this and all below: for this command alone
-    import sys
     from dataclasses import replace
 
     import numpy as np
@@ -327,7 +326,7 @@ def main() -> None:
     import config
     import data
     import pictures
-    from runfolder import Progress
+    from runfolder import Progress, one_line
     from training import seeded, to_uint8
     from unet import UNet
     parser = argparse.ArgumentParser(description="Train a diffusion model and draw samples.")
@@ -335,30 +334,29 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     parser.add_argument("--out", default="ddpm.png", help="the picture to write")
     arguments = parser.parse_args()
-    try:
+    with one_line("ddpm.py"):
         c = config.load(arguments.config, arguments.set)
         train_set = data.load(**vars(c.data))["train"]
-    except ValueError as error:
-        sys.exit(print(f"ddpm.py: {error}", file=sys.stderr) or 2)
-    classes, groups = len(train_set.class_names), max(1, len(train_set.group_names))
-    network = seeded(c.loop.seed, lambda: UNet(
-        c.data.size, classes, len(train_set.group_names), c.unet.width, tuple(c.unet.multipliers),
-        c.unet.blocks, c.unet.attention, c.unet.patch))
-    schedule, progress = Schedule(c.ddpm.T, c.ddpm.schedule), Progress("ddpm")
-    train(network, schedule, *(torch.tensor(a) for a in (train_set.images, train_set.labels,
-                                                         train_set.groups)),
-          steps=c.ddpm.steps, batch=c.ddpm.batch, lr=c.ddpm.lr, ema_decay=c.ddpm.ema,
-          prediction=c.ddpm.prediction, drop=c.ddpm.drop, seed=c.loop.seed,
-          on_step=lambda step, steps, value: progress(step, steps, f"loss {value:.4f}"))
-    y = torch.arange(classes).repeat_interleave(groups)
-    g = torch.arange(groups).repeat(classes) if train_set.group_names else torch.full_like(y, -1)
-    x_T = Noise(list(range(len(y))))(3, c.data.size, c.data.size)
-    model = eps_model(network, schedule, y, g, prediction=c.ddpm.prediction)
-    images = to_uint8(sample_ddim(model, schedule, x_T, min(50, c.ddpm.T))).contiguous().numpy()
-    made = replace(train_set.subset(np.zeros(len(y), int)), images=images, labels=y.numpy(),
-                   groups=g.numpy())
-    pictures.composition(train_set, made).save(arguments.out)
-    print(f"wrote {arguments.out}: a row a class, a pair a group, real and from pure noise")
+        classes, groups = len(train_set.class_names), max(1, len(train_set.group_names))
+        network = seeded(c.loop.seed, lambda: UNet(
+            c.data.size, classes, len(train_set.group_names), c.unet.width,
+            tuple(c.unet.multipliers), c.unet.blocks, c.unet.attention, c.unet.patch))
+        schedule, progress = Schedule(c.ddpm.T, c.ddpm.schedule), Progress("ddpm")
+        train(network, schedule, *(torch.tensor(a) for a in (train_set.images, train_set.labels,
+                                                             train_set.groups)),
+              steps=c.ddpm.steps, batch=c.ddpm.batch, lr=c.ddpm.lr, ema_decay=c.ddpm.ema,
+              prediction=c.ddpm.prediction, drop=c.ddpm.drop, seed=c.loop.seed,
+              on_step=lambda step, steps, value: progress(step, steps, f"loss {value:.4f}"))
+        y = torch.arange(classes).repeat_interleave(groups)
+        g = (torch.arange(groups).repeat(classes) if train_set.group_names else
+             torch.full_like(y, -1))
+        x_T = Noise(list(range(len(y))))(3, c.data.size, c.data.size)
+        model = eps_model(network, schedule, y, g, prediction=c.ddpm.prediction)
+        images = to_uint8(sample_ddim(model, schedule, x_T, min(50, c.ddpm.T))).contiguous().numpy()
+        made = replace(train_set.subset(np.zeros(len(y), int)), images=images, labels=y.numpy(),
+                       groups=g.numpy())
+        pictures.composition(train_set, made).save(arguments.out)
+        print(f"wrote {arguments.out}: a row a class, a pair a group, real and from pure noise")
 
 
 if __name__ == "__main__":

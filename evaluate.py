@@ -14,7 +14,6 @@ al. 2016 (equal opportunity, equalised odds).
 import argparse
 import json
 import math
-import os
 import sys
 import zipfile
 from pathlib import Path
@@ -93,7 +92,8 @@ def expected_calibration_error(probs: np.ndarray, labels: np.ndarray, bins: int 
     where = np.digitize(confidence, np.linspace(0, 1, bins + 1)[1:-1], right=True)  # 0..bins-1
     gap = np.zeros((bins, len(labels)))
     gap[where, np.arange(len(labels))] = (probs.argmax(1) == labels) - confidence
-    error = abs(gap @ counts).sum(0) / counts.sum(0)
+    with np.errstate(invalid="ignore"):
+        error = abs(gap @ counts).sum(0) / counts.sum(0)
     return float(error[0]) if weights is None else error
 
 
@@ -721,18 +721,14 @@ def rescore(run_folder: Path) -> dict:
 
     Raises OSError for a missing file, ValueError for one that does not hold what it should.
     """
+    from runfolder import write_bytes           # here alone: no number above needs torch
     path = Path(run_folder) / "results.json"
     results = json.loads(path.read_text(encoding="utf-8"))
     given = results.get("config", {}).get("evaluate", {})
     with np.load(Path(run_folder) / "predictions.npz", allow_pickle=False) as predictions:
         scored = score(predictions, **{k: given[k] for k in ("min_count", "draws") if k in given})
     results = merge(results, scored)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(results, indent=1, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)  # an interruption leaves the old file or the new one, never half
+    write_bytes(path, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     return results
 
 
@@ -756,13 +752,15 @@ def main(argv: list[str] | None = None) -> int:
             other = config.load(arguments.on, arguments.set)
             print(external.told(external.score_on(run, arguments.on.stem, other)))
             return 0
-        results = rescore(run)
+        import report
+        from runfolder import locked
+        with locked(run):
+            results = rescore(run)
+            report.write(run)
     # json's error is a ValueError, RunError a RuntimeError
     except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
         print(f"evaluate.py: {run}: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
-    import report
-    report.write(run)
     print(results["verdict"])
     return 0
 

@@ -5,6 +5,7 @@ scored by the students of a finished run.
     python classifier.py --predict DIR --checkpoint runs/NAME
 """
 import csv
+import hashlib
 import io
 import json
 from dataclasses import replace
@@ -51,10 +52,12 @@ def load_made(path: str, like: ImageSet, size: int) -> ImageSet:
     else:
         parts = [file.relative_to(root).parts for file in photos(root, key)]
         rows = [("/".join(part), *(*part[:-1], "", "")[:2]) for part in parts]
-    problems, chosen = [], []
+    problems, chosen, seen = [], [], set()
     for image, name, group in sorted(rows):
         file = root / image
-        if not file.is_file() or not file.resolve().is_relative_to(root.resolve()):
+        if image in seen:
+            problems.append(f"{image} stands twice: keep one row")
+        elif not file.is_file() or not file.resolve().is_relative_to(root.resolve()):
             problems.append(f"{image} is no file below {root.name}")
         elif name not in like.class_names:
             problems.append(f"{image} has class {name!r}: write one of "
@@ -64,6 +67,7 @@ def load_made(path: str, like: ImageSet, size: int) -> ImageSet:
                             f"{', '.join(like.group_names) or 'none, the data set has none'}")
         else:
             chosen.append(Row(image, name, group=group, path=file))
+        seen.add(image)
     images, unreadable = data.decode_all(Listing(chosen, like.class_names, ()), size)
     problems += [f"{image} cannot be decoded ({reason})" for image, reason in unreadable]
     if problems:
@@ -89,6 +93,8 @@ class Finished:
         self.class_names = self.predictions["class_names"].tolist()
         self.arms = self.predictions["arms"].tolist()
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        if "owner" not in results:
+            raise RunError(f"{folder}: its results.json is not one of this version; run it again")
         self.run.owner = results["owner"]
         self.bf16 = results["environment"]["precision"] == "bf16"
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,12 +130,14 @@ def score_on(folder: Path, name: str, other: Config) -> dict:
     finished, progress = Finished(folder), Progress("images")
     c, p, cache = finished.config, finished.predictions, folder.parent / "cache"
     own = data.load(**vars(c.data), cache=cache / f"{c.data.kind}_{c.data.size}", progress=progress)
-    given = data.load(**{**vars(other.data), "size": c.data.size},
-                      cache=cache / f"{name}_{c.data.size}", progress=progress)
+    images = data.load_whole(**{**vars(other.data), "size": c.data.size}, progress=progress,
+                             cache=cache / f"on_{name}_{c.data.size}")
     progress.end()
-    known = {image.tobytes() for split in ("train", "val") for image in own[split].images}
-    images = given["train"].extend(given["val"]).extend(given["test"])
-    learnt = np.array([image.tobytes() in known for image in images.images])
+
+    def digests(some):
+        return [hashlib.sha256(image.tobytes()).digest() for image in some.images]
+    known = {*digests(own["train"]), *digests(own["val"])}
+    learnt = np.array([digest in known for digest in digests(images)])
     labels = matched(images.class_names, finished.class_names)[images.labels]
     keep = ~learnt & (labels >= 0)
     if not keep.any():

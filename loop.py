@@ -100,7 +100,8 @@ class Experiment:
         self.train = self.splits["train"]
         if "external" in self.arms:
             self.external = external.load_made(self.config.guidance.external, self.train, c.size)
-        self.run.owner = owner(self.config, self.splits)
+        given = {"external": self.external} if "external" in self.arms else {}
+        self.run.owner = owner(self.config, self.splits | given)
         print(data.counts_table(self.splits), *self.train.notes, sep="\n")
         self.run.log("data", **{name: data.counts(s) for name, s in self.splits.items()})
         if not self.train.group_names and self.config.guidance.start == "counterfactual":
@@ -212,12 +213,12 @@ class Experiment:
         # A near-copy lies closer to a training image than nearly every unseen real image does.
         self.copy_distance = float(np.quantile(self.nearest(self.splits["val"].images)[0], 0.01))
 
-    def nearest(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Each image's distance to the nearest training image, in any of the 8 ways to turn or
+    def nearest(self, images: np.ndarray, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
+        """Each image's distance to the nearest image of a split, in any of the 8 ways to turn or
         mirror it (the generator learns from all of them), in grey levels; and which that is."""
         small, found = thumbnails(images), []
-        for first in range(0, len(self.train), 10_000):         # a block at a time bounds memory
-            known = thumbnails(self.train.images[first:first + 10_000])
+        for first in range(0, len(self.splits[split]), 10_000):     # a block at a time: memory
+            known = thumbnails(self.splits[split].images[first:first + 10_000])
             for turned in (small, small.transpose(0, 1, 3, 2)):
                 for rows in (1, -1):
                     for columns in (1, -1):
@@ -284,17 +285,18 @@ class Experiment:
 
         Each goes to the cell that has fewest images by then, synthetic ones included; its parent
         is of that class and of another group. No parent goes to one cell twice: that would be the
-        same image again. Without groups, classes even out and a parent has CHILDREN variations.
+        same image again. Without two groups, classes even out, a parent has CHILDREN variations.
         """
         rng, train, lines, targets, taken = np.random.default_rng(seed), self.train, [], [], []
-        groups = range(len(train.group_names)) or [-1]
+        groups = range(len(train.group_names)) if len(train.group_names) > 1 else [-1]
         known = [train] if synthetic is None else [train, synthetic]
         for y in rng.permutation(len(train.class_names)):
             for g in rng.permutation(groups):
                 pool = np.flatnonzero((train.labels == y) & ((train.groups != g) | (g < 0)))
                 lines.append(np.tile(rng.permutation(pool), CHILDREN if g < 0 else 1))
                 targets.append(np.full(len(lines[-1]), g))
-                taken.append(sum(((s.labels == y) & (s.groups == g)).sum() for s in known))
+                taken.append(sum(((s.labels == y) & ((s.groups == g) | (g < 0))).sum()
+                                 for s in known))
         order = by_turns(lines, taken)[:count]
         return np.concatenate(lines)[order], np.concatenate(targets)[order]
 
@@ -415,6 +417,9 @@ class Experiment:
                     scales=scales, progress=progress)
             probs = self.predict(self.judge, images)
             distance = self.nearest(images)[0]
+            if arm == "external":       # who made these may have seen our val and test images
+                distance = np.min([distance, *(self.nearest(images, split)[0]
+                                               for split in ("val", "test"))], axis=0)
             fate = np.zeros(len(parents), np.int64)
             if arm not in ("replay", "recolour"):
                 fate[distance < self.copy_distance] = FATES.index("copy")
@@ -869,8 +874,7 @@ def inception_features(path: str, device: torch.device):
     return features
 
 
-def recoloured(train: ImageSet, parents: ImageSet, targets: np.ndarray,
-                        seed: int) -> np.ndarray:
+def recoloured(train: ImageSet, parents: ImageSet, targets: np.ndarray, seed: int) -> np.ndarray:
     """The sceptic's control: parents carried to their target group by one gain per channel.
 
     The gain is the ratio of the groups' mean border colours; without groups, that of another image
@@ -893,10 +897,15 @@ def recoloured(train: ImageSet, parents: ImageSet, targets: np.ndarray,
 
 def owner(config: Config, splits: dict[str, ImageSet]) -> str:
     """A word for all that a checkpoint depends on: the config but for how it is scored and where
-    the data lie, and the data themselves."""
+    files lie, and what these hold."""
     matters = config.as_dict()
-    del matters["data"]["root"], matters["loop"]["device"]
+    for section, key in (("data", "root"), ("loop", "device"), ("guidance", "external"),
+                         ("classifier", "weights")):
+        del matters[section][key]
     matters["evaluate"] = config.evaluate.oracle
+    if config.classifier.weights:
+        matters["weights"] = hashlib.sha256(
+            Path(config.classifier.weights).read_bytes()).hexdigest()
     digest = hashlib.sha256(json.dumps(matters, sort_keys=True).encode())
     for s in splits.values():
         for array in (s.images, s.labels, s.groups, s.folds, s.sources):
@@ -974,7 +983,7 @@ def main(argv: list[str] | None = None) -> int:
         with held(folder):
             Experiment(config, RunFolder(folder)).go()
         return 0
-    except (ConfigError, DataError, RunError) as error:
+    except (ConfigError, DataError, RunError, FloatingPointError) as error:
         problem, goes_on = str(error), False
     except OSError as error:        # the disk is full, the folder is gone or may not be written to
         problem, goes_on = f"{error.filename or folder}: {error.strerror or error}", True

@@ -68,7 +68,9 @@ def composition(real: ImageSet, made: ImageSet) -> Image.Image:
     """A row a class, a pair a group: a real image beside a synthetic one, and how many of each."""
     tiles, captions = [], []
     blank = np.full(real.images.shape[1:], 235, np.uint8)              # light grey: no such image
-    groups = list(enumerate(real.group_names)) or [(-1, "all")]
+    groups = list(enumerate(real.group_names))
+    if (real.groups == -1).any():
+        groups.append((-1, "unknown" if groups else "all"))
     for label in range(len(real.class_names)):
         for group, name in groups:
             for kind, images in (("real", real), ("made", made)):

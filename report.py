@@ -10,7 +10,6 @@ machine gets in.
 import base64
 import json
 import math
-import os
 import re
 from html import escape
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -20,6 +19,7 @@ from PIL import Image
 
 import plots
 from plots import TOO_SMALL
+from runfolder import write_bytes
 
 MARK = "optimistic: mined on the test set"
 MEASURES = {"accuracy": "accuracy", "sensitivity": "sensitivity", "specificity": "specificity",
@@ -37,7 +37,7 @@ PERCENT = {*MEASURES, *MORE_MEASURES, *GAPS, "precision", "recall",
            "label_fidelity_oracle", "label_fidelity_unfiltered"}
 CAPTIONS = {"data": "Training images by class and group",
             "hard": "Hard cases: what the students get wrong",
-            "types": "One lesion on every skin type",
+            "types": "One lesion carried to every group",
             "children": "Parents beside their children",
             "guided": "Unguided beside guided",
             "composition": "Real beside generated, class by group, and how many",
@@ -84,9 +84,10 @@ def write(folder: Path) -> None:
     ]
     for block in blocks:
         for stem, _, drawing in block[1] if block[0] == "plots" else ():
-            write_whole(folder / "pictures" / f"{stem}.svg", plots.standalone(drawing) + "\n")
-    write_whole(folder / "report.md", markdown(blocks))
-    write_whole(folder / "report.html", page(blocks, folder / "pictures"))
+            write_bytes(folder / "pictures" / f"{stem}.svg",
+                        (plots.standalone(drawing) + "\n").encode())
+    write_bytes(folder / "report.md", markdown(blocks).encode())
+    write_bytes(folder / "report.html", page(blocks, folder / "pictures").encode())
 
 
 # ----------------------------------------------------------------------------- what the report says
@@ -447,17 +448,6 @@ def slug(words: str) -> str:
 
 def read(path: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.exists() else None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """All of the file or none of it: a reader never sees half."""
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def warning(head, rows) -> str:

@@ -62,12 +62,37 @@ def new_folder(root: Path, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold a run for this process alone, and let Ctrl-C and SIGTERM end it with one line.
+def one_line(program: str) -> Iterator[None]:
+    """What is wrong with config, data, disk or numbers ends the program in one line, status 2."""
+    try:
+        yield
+    except (ValueError, OSError, RunError, FloatingPointError) as error:
+        print(f"{program}:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
 
-    The kernel drops the lock when the process ends, however it ends. A thread of its own hears the
-    signals, because Python's handlers wait for the main thread to return from torch.
-    Raises RunError if another process holds the run. Only in the main thread.
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run for this process alone; the kernel drops the lock when it ends, however it ends.
+
+    Raises RunError if another process holds the run, OSError if there is no such folder.
+    """
+    with open(folder / "lock", "ab") as lock:
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{folder}: another process is at work on this run; wait for its end or "
+                           "stop it") from None
+        yield
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """`locked`, and Ctrl-C and SIGTERM end the process with one line. Only in the main thread.
+
+    A thread of its own hears the signals, because Python's handlers wait for the main thread to
+    return from torch.
     """
     def listen():
         for number in os.read(hears, 1):
@@ -76,13 +101,7 @@ def held(folder: Path) -> Iterator[None]:
             os._exit(128 + number)          # nothing to tidy up: every file is whole or absent
         os.close(hears)
 
-    with open(folder / "lock", "ab") as lock:
-        try:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{folder}: another process is at work on this run; wait for its end or "
-                           "stop it") from None
+    with locked(folder):
         hears, tells = os.pipe()
         os.set_blocking(tells, False)
         signal.set_wakeup_fd(tells)

@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import data
+import datasets
 import loop
 
 HERE = Path(__file__).parents[1]
@@ -60,7 +60,7 @@ def config_case(rng: random.Random) -> list[str]:
 
 def table_case(rng: random.Random) -> list[str]:
     """A damaged HAM10000_metadata.csv beside whole images."""
-    rows = ["lesion_id,image_id,dx,age"] + [f"L{i:02d},I{i:02d},{data.HAM_CLASSES[i % 7]},60"
+    rows = ["lesion_id,image_id,dx,age"] + [f"L{i:02d},I{i:02d},{datasets.HAM_CLASSES[i % 7]},60"
                                             for i in range(35)]
     Path("root/HAM10000_metadata.csv").write_bytes(damaged("\n".join(rows) + "\n", rng))
     return ["--config", str(HERE / "configs/tiny.yaml"), "--set", "data.kind=ham10000",

@@ -20,11 +20,12 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import config as configuration
 import data
 import loop
 from runfolder import Progress
 
-SIZE = 32
+HERE, SIZE = Path(__file__).parents[1], 32
 
 
 def write_images(count: int) -> None:
@@ -37,15 +38,16 @@ def write_images(count: int) -> None:
 
 
 def load(count: int) -> dict:
-    return data.load("folder", root="root", size=SIZE, seed=0, train=0, val=0, test=0,
-                     val_fraction=0.1, test_fraction=0.2, split_by="lesion", malignant=["mel"],
-                     folds=3, cache="cache", progress=Progress("data"))
+    c = configuration.load(HERE / "config.yaml", [
+        "data.kind=folder", "data.root=root", f"data.size={SIZE}", "data.malignant=[mel]"])
+    return data.load(**vars(c.data), cache="cache", progress=Progress("data"))
 
 
 def nearest(count: int) -> None:
     images = np.random.default_rng(0).integers(0, 256, (count, 3, SIZE, SIZE), dtype=np.uint8)
-    train = SimpleNamespace(train=SimpleNamespace(images=images))
-    loop.Experiment.nearest(train, images[:1000])
+    class Split(SimpleNamespace):
+        __len__ = lambda self: count
+    loop.Experiment.nearest(SimpleNamespace(splits={"train": Split(images=images)}), images[:1000])
 
 
 def ledger(count: int) -> None:
@@ -58,8 +60,8 @@ def ledger(count: int) -> None:
     made = SimpleNamespace(parents=few, targets=np.full(count, -1), judge=np.ones(count),
                            distance=np.ones(count), seeds=np.arange(count), images=few)
     experiment = SimpleNamespace(train=train, run=SimpleNamespace(folder=Path(".")))
-    loop.Experiment.write_synthetic(experiment, 1, made, np.arange(count))
-    with open("synthetic/round_1/synthetic.csv") as file:
+    loop.Experiment.write_synthetic(experiment, [{"made": made, "kept": np.arange(count)}])
+    with open("synthetic/synthetic.csv") as file:
         assert sum(1 for _ in file) == count + 1
 
 
@@ -86,8 +88,10 @@ def main() -> None:
             answer = get_context("spawn").Queue()
             process = get_context("spawn").Process(target=measured, args=(part, count, answer))
             process.start()
-            seconds, peak = answer.get()
             process.join()
+            if process.exitcode:
+                sys.exit(f"{what}: failed")
+            seconds, peak = answer.get()
             print(f"{what}: {count or 0:,} in {seconds:.1f} s, at the peak {peak:,.0f} MiB",
                   flush=True)
         os.chdir("/")

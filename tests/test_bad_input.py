@@ -175,7 +175,8 @@ TABLES = [  # (name, content, hint of the refusal or None: read as documented)
     ("an image", encoded(picture()), "csv"), ("a cell of 200,000 letters", lines("L02,I02," +
                                                                                  "x" * 200000), ""),
     ("an open quote", lines('"L02,I02,nv\n'), ""), ("a short row", lines("L02,I02\n"), "I02"),
-    ("a long row", lines("L02,I02,bkl,more,more\n"), None), ("no id", lines("L02,,nv\n"), "image id"),
+    ("a long row", lines("L02,I02,bkl,more,more\n"), None),
+    ("no id", lines("L02,,nv\n"), "image id"),
     ("no lesion", lines(",I02,bkl\n"), None), ("unknown dx", lines("L02,I02,wart\n"), "wart"),
     ("dx in capitals", lines("L02,I02,NV\n"), "NV"), ("two rows", WHOLE + LINES[0], "twice"),
     ("no such image", lines("L02,I99,nv\n"), "I99"), ("extension", lines("L02,I02.jpg,bkl\n"),

@@ -51,6 +51,7 @@ def test_every_problem_stands_in_one_line(tmp_path):
         (root / place).write_bytes((root / "nv/a.png").read_bytes())
     (root / "bad.csv").write_text("image,class,group\nnv/a.png,nv,X\nabsent.png,nv,\n"
                                   "../outside.png,nv,\nmel/I/c.png,,I\n")
+    (root / "twice.csv").write_text("image,class,group\nnv/a.png,nv,\nnv/a.png,nv,\n")
     (root / "short.csv").write_text("image,class\nnv/a.png,nv\n")
     (tmp_path / "empty").mkdir()
     for path, words in (
@@ -58,6 +59,7 @@ def test_every_problem_stands_in_one_line(tmp_path):
                     "nv/broken.png cannot be decoded"]),
             (root / "bad.csv", ["4 problem(s)", "absent.png is no file", "../outside.png is no",
                                 "group 'X': write one of I, VI", "class ''"]),
+            (root / "twice.csv", ["1 problem(s)", "nv/a.png stands twice"]),
             (root / "short.csv", ["short.csv", "group"]),
             (tmp_path / "empty", ["guidance.external", "holds no .jpg"]),
             (tmp_path / "absent", ["guidance.external", "is no folder"])):
@@ -73,4 +75,10 @@ def test_names_are_matched_in_any_case():
 
 def test_no_finished_run_is_one_line(tmp_path):
     with pytest.raises(external.RunError, match=re.escape(f"{tmp_path}: no finished run")):
+        external.Finished(tmp_path)
+    tiny = Path(__file__).parents[1] / "configs/tiny.yaml"
+    (tmp_path / "config.yaml").write_text(f"extends: {tiny}\n")
+    np.savez(tmp_path / "predictions.npz", class_names=["nv"], arms=["real"])
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(external.RunError, match="not one of this version"):
         external.Finished(tmp_path)

@@ -221,13 +221,12 @@ def test_on_another_data_set_names_are_mapped(tiny, tmp_path, monkeypatch, capsy
         Image.fromarray(image.transpose(1, 2, 0)).save(path)
     (tmp_path / "other.yaml").write_text(
         f"extends: {TINY}\ndata: {{kind: folder, malignant: [MEL], val_fraction: 0.2}}\n")
-    load = data.load
+    load = data.load_whole
 
     def grouped(kind, **given):             # BCC and MEL have group VI, the others "old"
-        splits = load(kind, **given)
-        return splits if kind == "phantom" else {name: loop.replace(
-            s, groups=s.labels // 2, group_names=("VI", "old")) for name, s in splits.items()}
-    monkeypatch.setattr(data, "load", grouped)
+        s = load(kind, **given)
+        return loop.replace(s, groups=s.labels // 2, group_names=("VI", "old"))
+    monkeypatch.setattr(data, "load_whole", grouped)
     arguments = ["--on", str(tmp_path / "other.yaml"), "--set", f"data.root={tmp_path / 'photos'}"]
     assert evaluate.main([str(tiny), *arguments]) == 0
     found = json.loads((tiny / "external_other.json").read_text())
@@ -289,6 +288,35 @@ def experiment(tmp_path):
     e = loop.Experiment(configuration.load(TINY), RunFolder(tmp_path))
     e.prepare()
     return e
+
+
+def test_images_from_elsewhere_that_are_ours_are_dropped(experiment, monkeypatch):
+    """Whoever made them may have copied any split; the judge agrees with everything here."""
+    e, few = experiment, slice(6)
+    own = [e.splits[name].images[few] for name in ("train", "val", "test")]
+    new = np.random.default_rng(0).integers(0, 256, own[0].shape, dtype=np.uint8)
+    given = e.train.subset(np.arange(24))
+    given = loop.replace(given, images=np.concatenate([*(x[:, :, ::-1] for x in own), new]))
+    monkeypatch.setattr(e, "predict", lambda network, images: np.eye(4, dtype=np.float32)[
+        given.labels])
+    e.judge, e.copy_distance = "judge", 3.0
+    made = e.candidates("external", "external", given, 1,
+                        lambda: (np.arange(24), np.full(24, -1)))
+    assert (made.fate[:18] == loop.FATES.index("copy")).all() and (made.fate[18:] == 0).all()
+
+
+def test_checkpoints_belong_to_what_files_hold_and_not_to_where_they_lie(tmp_path):
+    def word(*overrides, splits={}):
+        return loop.owner(configuration.load(TINY, overrides), splits)
+    for name in ("a.pth", "b.pth"):
+        (tmp_path / name).write_bytes(b"weights")
+    first = word(f"classifier.weights={tmp_path / 'a.pth'}", "classifier.network=resnet18")
+    assert first == word(f"classifier.weights={tmp_path / 'b.pth'}", "classifier.network=resnet18")
+    (tmp_path / "b.pth").write_bytes(b"others")
+    assert first != word(f"classifier.weights={tmp_path / 'b.pth'}", "classifier.network=resnet18")
+    assert word() == word("evaluate.draws=10") != word("loop.share=0.2")
+    images = data.load_phantom(16, 0, 40, 40, 40)["train"]
+    assert len({word(splits={"external": images.subset(np.arange(n))}) for n in (9, 10)}) == 2
 
 
 def test_no_student_judges_what_it_or_its_child_has_seen(experiment, monkeypatch):
@@ -364,12 +392,13 @@ def test_targets_by_group_fill_the_rarest_cell_first(experiment):
     added = loop.replace(added, groups=np.full(50, rare[1]))
     parents, targets = experiment.even_out(added, 30, 1)
     assert not ((train.labels[parents] == rare[0]) & (targets == rare[1])).any()
-    # without groups the classes even out, each parent at most CHILDREN times
-    experiment.train = loop.replace(train, groups=np.full(len(train), -1), group_names=())
-    parents, targets = experiment.even_out(None, 60, 1)
-    assert (targets == -1).all() and np.bincount(parents).max() <= loop.CHILDREN
-    filled = np.bincount(train.labels) + np.bincount(train.labels[parents], minlength=4)
-    assert filled.max() - filled.min() > 1 and np.ptp(np.sort(filled)[:2]) <= 1
+    # without groups, or with one, the classes even out, each parent at most CHILDREN times
+    for group, names in ((-1, ()), (0, ("all",))):
+        experiment.train = loop.replace(train, groups=np.full(len(train), group), group_names=names)
+        parents, targets = experiment.even_out(None, 60, 1)
+        assert (targets == -1).all() and np.bincount(parents).max() <= loop.CHILDREN
+        filled = np.bincount(train.labels) + np.bincount(train.labels[parents], minlength=4)
+        assert filled.max() - filled.min() > 1 and np.ptp(np.sort(filled)[:2]) <= 1
 
 
 def test_hard_cases_and_groups_halve_a_round(experiment):

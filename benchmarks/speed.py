@@ -1,0 +1,163 @@
+"""How fast is a training step, and a sampling step with and without guidance, beside a well-known
+library's and beside what the machine can do?
+
+    pip install -r requirements.txt -r benchmarks/requirements.txt
+    python benchmarks/speed.py
+
+The same UNet (32 x 32 pixels, width 64, multipliers 1, 2, 2, two blocks a level, attention at 8 x
+8) here and in diffusers: forward, loss, backward, clipping, AdamW, EMA on a batch of 64. Its
+training loop is run as its documentation has it (fp32, channels first) and with bf16 autocast on.
+All take turns in one process; medians over the rounds. `folded` is our default input, 2 x 2 pixels
+to a channel, which does a quarter of the work: no fair comparison, so it has a line of its own.
+Guided sampling: one small guide beside a guide of the UNet's own width, as in guided-diffusion.
+"""
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import classifier
+import ddpm
+import guidance
+from training import seeded
+from unet import UNet
+
+SIZE, BATCH, WIDTH, MULTIPLIERS, BLOCKS, T = 32, 64, 64, (1, 2, 2), 2, 1000
+
+
+def ours(patch: int) -> UNet:
+    return seeded(0, lambda: UNet(SIZE, 4, 6, WIDTH, MULTIPLIERS, BLOCKS, 8 // patch, patch))
+
+
+def theirs():
+    from diffusers import UNet2DModel
+    down = ["AttnDownBlock2D" if SIZE >> i <= 8 else "DownBlock2D" for i in range(3)]
+    return UNet2DModel(sample_size=SIZE, layers_per_block=BLOCKS, num_class_embeds=4,
+                       block_out_channels=tuple(WIDTH * m for m in MULTIPLIERS),
+                       down_block_types=tuple(down), attention_head_dim=32,
+                       up_block_types=tuple(n.replace("Down", "Up") for n in reversed(down)))
+
+
+def trainer(network, call, bf16: bool, device):
+    """A function that does one training step."""
+    schedule, ema = ddpm.Schedule(T, device=device), ddpm.EMA(network, 0.995)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+    generator = torch.Generator(device).manual_seed(0)
+    x0 = torch.rand(BATCH, 3, SIZE, SIZE, device=device) * 2 - 1
+    y = torch.randint(4, (BATCH,), device=device)
+
+    def step():
+        t = torch.randint(T, (BATCH,), generator=generator, device=device)
+        eps = torch.randn(x0.shape, generator=generator, device=device)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            loss = F.mse_loss(call(network, schedule.q_sample(x0, t, eps), t, y).float(), eps)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        ema.update(network)
+    return step
+
+
+def sampler(network, bf16: bool, device, guide=None):
+    """A function that does one DDIM step for a batch, guided where there is a guide."""
+    schedule = ddpm.Schedule(T, device=device)
+    y = torch.randint(4, (BATCH,), device=device)
+    x_t, t = (torch.randn(BATCH, 3, SIZE, SIZE, device=device),
+              torch.full((BATCH,), T // 2, device=device))
+    model = ddpm.eps_model(network.eval(), schedule, y, y, bf16=bf16)
+    if guide is not None:
+        model = guidance.guided_eps(model, schedule, [(0.1, guidance.class_evidence(guide, y))])
+    return lambda: ddpm.ddim_step(schedule, x_t, t, t - 20, model(x_t, t))
+
+
+def ceilings(device) -> dict:
+    """{name: (a function, GFLOP of a call)}: a 3x3 convolution with its gradients, and a GEMM."""
+    found = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        conv = torch.nn.Conv2d(128, 128, 3, padding=1, bias=False, device=device, dtype=dtype)
+        conv = conv.to(memory_format=torch.channels_last)
+        x = torch.randn(BATCH, 128, 16, 16, device=device, dtype=dtype, requires_grad=True)
+        x.data = x.data.to(memory_format=torch.channels_last)
+        ones = torch.ones_like(conv(x))
+        a, b = torch.randn(2, 2048, 2048, device=device).to(dtype)
+        found[f"3x3 convolution, {name}"] = (
+            lambda conv=conv, x=x, ones=ones: torch.autograd.grad(conv(x), (x, conv.weight), ones),
+            3 * 2 * 9 * 128 ** 2 * 256 * BATCH / 1e9)
+        found[f"GEMM 2048, {name}"] = (lambda a=a, b=b: a @ b, 2 * 2048 ** 3 / 1e9)
+    return found
+
+
+def forward_gflop(network, call, device) -> float:
+    x, t = torch.zeros(1, 3, SIZE, SIZE, device=device), torch.zeros(1, device=device).long()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call(network, x, t, t)
+    return counter.get_total_flops() / 1e9
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    rounds = parser.parse_args().rounds
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def call_ours(network, x, t, y):
+        return network(x, t, y, y)
+
+    def call_theirs(network, x, t, y):
+        return network(x, t, y).sample
+    networks = {"ours": (ours(1), call_ours), "ours, folded": (ours(2), call_ours),
+                "diffusers": (theirs(), call_theirs)}
+    for name, (network, call) in networks.items():
+        network.to(device)
+        print(f"{name}: {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters, "
+              f"{forward_gflop(network, call, device):.3f} GFLOP forward an image")
+    gflop = {name: 3 * BATCH * forward_gflop(*pair, device) for name, pair in networks.items()}
+    small = seeded(0, lambda: classifier.build("small", SIZE, 4, T)).to(device).eval()
+    large = seeded(0, lambda: classifier.ResNet(4, (2, 2, 2), WIDTH, "small", T)).to(device).eval()
+    work = {name: (step, total) for name, (step, total) in ceilings(device).items()}
+    for name, bf16, net in (("ours, bf16", True, "ours"), ("ours, fp32", False, "ours"),
+                            ("ours, folded, bf16", True, "ours, folded"),
+                            ("diffusers, fp32, as shipped", False, "diffusers"),
+                            ("diffusers, bf16", True, "diffusers")):
+        work[f"training: {name}"] = trainer(*networks[net], bf16, device), gflop[net]
+    plain, folded = ours(1).to(device), ours(2).to(device)
+    work |= {"sampling: ours, folded": (sampler(folded, True, device), None),
+             "sampling: ours, folded, small guide": (sampler(folded, True, device, small), None),
+             "sampling: ours, guide of the UNet's width": (sampler(plain, True, device, large),
+                                                           None)}
+    seconds = {name: [] for name in work}
+    for number in range(rounds + 2):                        # the first two warm up
+        for name, (step, _) in work.items():
+            begun = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if number > 1:
+                seconds[name].append(time.perf_counter() - begun)
+        print(f"\rround {number + 1} of {rounds + 2}", end="", file=sys.stderr, flush=True)
+    median = {name: statistics.median(of) for name, of in seconds.items()}
+    best = work["3x3 convolution, bf16"][1] / median["3x3 convolution, bf16"]
+    name = torch.cuda.get_device_name() if device.type == "cuda" else \
+        f"{torch.get_num_threads()} CPU threads"
+    print(f"\ntorch {torch.__version__}, {name}\n\n| | ms | images/s | GFLOP/s | of the bf16 "
+          "convolution |\n| --- | --- | --- | --- | --- |")
+    for name, (_, total) in work.items():
+        rate = total and total / median[name]
+        images = "" if name in ceilings(device) else f"{BATCH / median[name]:.1f}"
+        print(f"| {name} | {1e3 * median[name]:.1f} | {images} | "
+              + (f"{rate:.0f} | {rate / best:.0%} |" if rate else " | |"))
+    for one, other in (("diffusers, fp32, as shipped", "ours, bf16"),
+                       ("diffusers, bf16", "ours, bf16")):
+        ratios = [a / b for a, b in zip(seconds[f"training: {one}"], seconds[f"training: {other}"])]
+        print(f"{one} / {other}: {statistics.median(ratios):.2f}x")
+
+
+if __name__ == "__main__":
+    main()
