@@ -610,7 +610,7 @@ def test_rescoring_undoes_an_edited_number(run_folder, capsys):
     path.write_text(json.dumps(edited))
     assert ev.main([str(folder)]) == 0
     assert json.loads(path.read_text()) == first
-    assert sorted(f.name for f in folder.iterdir()) == ["predictions.npz", "results.json"]
+    assert sorted(f.name for f in folder.iterdir()) == ["lock", "predictions.npz", "results.json"]
 
 
 @pytest.mark.parametrize("spoil", [

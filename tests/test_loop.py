@@ -199,6 +199,14 @@ def test_a_run_of_real_images_alone_makes_none(tmp_path):
     assert "hard cases" in (run / "report.md").read_text().lower()
 
 
+def test_a_run_that_is_held_is_not_scored_again(tiny, capsys):
+    before = (tiny / "results.json").read_bytes()
+    with runfolder.locked(tiny):
+        assert evaluate.main([str(tiny)]) == 2
+    assert "another process" in capsys.readouterr().err
+    assert evaluate.main([str(tiny)]) == 0 and (tiny / "results.json").read_bytes() == before
+
+
 def test_on_its_own_data_set_an_external_test_is_the_test(tiny, capsys):
     """What the run learnt or chose from is left out, so its own test images remain."""
     assert evaluate.main([str(tiny), "--on", str(TINY)]) == 0
@@ -314,7 +322,7 @@ def test_checkpoints_belong_to_what_files_hold_and_not_to_where_they_lie(tmp_pat
     assert first == word(f"classifier.weights={tmp_path / 'b.pth'}", "classifier.network=resnet18")
     (tmp_path / "b.pth").write_bytes(b"others")
     assert first != word(f"classifier.weights={tmp_path / 'b.pth'}", "classifier.network=resnet18")
-    assert word() == word("evaluate.draws=10") != word("loop.share=0.2")
+    assert word() == word("evaluate.draws=100") != word("loop.share=0.2")
     images = data.load_phantom(16, 0, 40, 40, 40)["train"]
     assert len({word(splits={"external": images.subset(np.arange(n))}) for n in (9, 10)}) == 2
 
