@@ -267,7 +267,7 @@ def load_images(kind: str, root, size: int, malignant, image_column: str, label_
     problems += [(f"{a.image} and {b.image} are the same picture, but {a.label} and {b.label}", [])
                  for a, b in twins if a.label != b.label]
     if problems and not skip_bad:
-        shown = "; ".join(text for text, _ in problems[:10]) + ("; ..." * (len(problems) > 10))
+        shown = datasets.first_ten([text for text, _ in problems])
         raise DataError(f"{root}: {len(problems)} problem(s) in the data: {shown} (data.skip_bad: "
                         "true leaves out what they concern)")
     bad |= {image for a, b in twins if a.label != b.label for image in (a.image, b.image)}

@@ -34,6 +34,11 @@ class DataError(ValueError):
     """One line: the file or key, what was found there, and what to write instead."""
 
 
+def first_ten(problems: list[str]) -> str:
+    """As many problems as one line can hold."""
+    return "; ".join(problems[:10]) + "; ..." * (len(problems) > 10)
+
+
 @dataclass
 class Row:
     """One image: its id, and its class, lesion and group as they are written down."""

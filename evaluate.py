@@ -40,6 +40,15 @@ def check_probs(probs: np.ndarray, labels: np.ndarray) -> None:
         raise ValueError(f"labels must lie in 0..{probs.shape[-1] - 1}")
 
 
+def cumulated(scores: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scores from low to high, and below[k], the weight of the k lowest: (n,), (n + 1, D). Sorted
+    once, whatever the number of draws D."""
+    order = np.argsort(scores, kind="stable")
+    below = np.zeros((len(order) + 1, counts.shape[1]))
+    np.cumsum(counts[order], axis=0, out=below[1:])
+    return scores[order], below
+
+
 def auroc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray | None = None):
     """Area under the ROC curve: P(a positive scores higher than a negative), a tie counting half.
 
@@ -47,11 +56,7 @@ def auroc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray | None =
     Returns a float, or (D,) where weights are given; nan where either side is empty.
     """
     counts = np.ones((len(scores), 1)) if weights is None else weights
-    order = np.argsort(scores[~positive], kind="stable")
-    negatives = scores[~positive][order]
-    # below[k]: weight of the k lowest negatives. Sorted once, whatever the number of draws.
-    below = np.zeros((len(order) + 1, counts.shape[1]))
-    np.cumsum(counts[~positive][order], axis=0, out=below[1:])
+    negatives, below = cumulated(scores[~positive], counts[~positive])
     lower = below[np.searchsorted(negatives, scores[positive], "left")]
     upper = below[np.searchsorted(negatives, scores[positive], "right")]
     ours = counts[positive]
@@ -69,10 +74,8 @@ def auprc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray | None =
     counts = np.ones((len(scores), 1)) if weights is None else weights
 
     def at_least(which):    # weight of the images `which` that score as high as each positive
-        order = np.argsort(scores[which])
-        below = np.zeros((len(order) + 1, counts.shape[1]))
-        np.cumsum(counts[which][order], axis=0, out=below[1:])
-        return below[-1] - below[np.searchsorted(scores[which][order], scores[positive])]
+        known, below = cumulated(scores[which], counts[which])
+        return below[-1] - below[np.searchsorted(known, scores[positive])]
     hits, ours = at_least(positive), counts[positive]
     taken = np.maximum(hits + at_least(~positive), 1)       # 0 only where the positive counts 0
     with np.errstate(invalid="ignore"):

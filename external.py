@@ -71,8 +71,8 @@ def load_made(path: str, like: ImageSet, size: int) -> ImageSet:
     images, unreadable = data.decode_all(Listing(chosen, like.class_names, ()), size)
     problems += [f"{image} cannot be decoded ({reason})" for image, reason in unreadable]
     if problems:
-        raise DataError(f"{key}: {path}: {len(problems)} problem(s): {'; '.join(problems[:10])}"
-                        + "; ..." * (len(problems) > 10))
+        raise DataError(f"{key}: {path}: {len(problems)} problem(s): "
+                        + datasets.first_ten(problems))
     labels = np.array([like.class_names.index(row.label) for row in chosen])
     groups = np.array([like.group_names.index(row.group) if row.group else -1 for row in chosen])
     names = np.array([f"external/{row.image}" for row in chosen])

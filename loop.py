@@ -98,10 +98,11 @@ class Experiment:
         self.splits = data.load(**vars(c), cache=cache, progress=progress)
         progress.end()
         self.train = self.splits["train"]
+        used = dict(self.splits)
         if "external" in self.arms:
             self.external = external.load_made(self.config.guidance.external, self.train, c.size)
-        given = {"external": self.external} if "external" in self.arms else {}
-        self.run.owner = owner(self.config, self.splits | given)
+            used["external"] = self.external
+        self.run.owner = owner(self.config, used)
         print(data.counts_table(self.splits), *self.train.notes, sep="\n")
         self.run.log("data", **{name: data.counts(s) for name, s in self.splits.items()})
         if not self.train.group_names and self.config.guidance.start == "counterfactual":

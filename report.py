@@ -35,6 +35,17 @@ SPOKEN = {**MEASURES, **MORE_MEASURES, **GAPS,
           "frechet": "Frechet distance", "kid": "kernel distance (KID)"}
 PERCENT = {*MEASURES, *MORE_MEASURES, *GAPS, "precision", "recall",
            "label_fidelity_oracle", "label_fidelity_unfiltered"}
+EXPLAINED = {
+    "filter": "What the filter, the same for every arm, made of the candidates. guided, replay and "
+              "recolour hold the parents whose image was kept in all three; every arm adds as many "
+              "images as the arm that has fewest.",
+    "generator": "In the features of a classifier that no arm uses, against as many test images of "
+                 "the same classes and groups (n); the column of real images is the floor. "
+                 "Distances to the nearest training image are in grey levels, medians.",
+    "counterfactuals": "Counterfactuals beside the truth: how far an image lies from the phantom's "
+                       "own picture of the same lesion on the asked skin, in grey levels (median "
+                       "of the root mean square; n images, the filtered ones too). The floor is a "
+                       "second picture by the phantom."}
 CAPTIONS = {"data": "Training images by class and group",
             "hard": "Hard cases: what the students get wrong",
             "types": "One lesion carried to every group",
@@ -73,8 +84,9 @@ def write(folder: Path) -> None:
         *section("Pictures", *(("picture", stem, marked(results, CAPTIONS.get(
             stem, stem.replace("_", " ").capitalize()))) for stem in pictures)),
         *section("Rounds", sheet(results, rounds)),
-        *section("Filter", *filtered(results)),
-        *section("The generator", *generator(results)),
+        *section("Filter", *explained(results, "filter")),
+        *section("The generator", *explained(results, "generator"),
+                 *explained(results, "counterfactuals")),
         *section("Splits", *(("p", f"{note}.") for note in results.get("notes") or ()),
                  sheet(results, results.get("splits") or {})),
         *section("Settings", ("code", as_yaml(private(results.get("config") or {})))),
@@ -321,28 +333,11 @@ def table(results, caption, head, rows):
             [[marked(results, row[0]), *row[1:]] for row in rows])
 
 
-def filtered(results):
-    """What became of each arm's candidates."""
-    if results.get("filter"):
-        yield "p", ("What the filter, the same for every arm, made of the candidates. guided, "
-                    "replay and recolour hold the parents whose image was kept in all three; every "
-                    "arm adds as many images as the arm that has fewest.")
-        yield sheet(results, results["filter"])
-
-
-def generator(results):
-    """The generated images of each arm beside real ones of val: the floor of every distance."""
-    if results.get("generator"):
-        yield "p", ("In the features of a classifier that no arm uses, against as many test images "
-                    "of the same classes and groups (n); the column of real images is the floor. "
-                    "Distances to the nearest training image are in grey levels, medians.")
-        yield sheet(results, results["generator"])
-    if results.get("counterfactuals"):
-        yield "p", ("Counterfactuals beside the truth: how far an image lies from the phantom's "
-                    "own picture of the same lesion on the asked skin, in grey levels (median of "
-                    "the root mean square; n images, the filtered ones too). The floor is a second "
-                    "picture by the phantom.")
-        yield sheet(results, results["counterfactuals"])
+def explained(results, key):
+    """What the numbers below `key` are, and their table; nothing where there are none."""
+    if results.get(key):
+        yield "p", EXPLAINED[key]
+        yield sheet(results, results[key])
 
 
 def sheet(results, columns, caption=""):
