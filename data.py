@@ -401,8 +401,9 @@ def _write_cache(prefix, key: str, images, shape: tuple[int, ...], unreadable: l
     """Write the images as they come, then the note (`unreadable` is filled by then): a stop in
     between leaves a checksum that cannot match."""
     def write(path, parts):
-        for left in Path(path).parent.glob(f"{Path(path).name}.*.tmp"):     # of killed processes
-            if not Path("/proc", left.suffixes[-2][1:]).exists():
+        # of killed processes; where there is no /proc, nobody knows which are alive
+        for left in Path(path).parent.glob(f"{Path(path).name}.*.tmp"):
+            if Path("/proc/self").exists() and not Path("/proc", left.suffixes[-2][1:]).exists():
                 left.unlink(missing_ok=True)
         temporary = Path(f"{path}.{os.getpid()}.tmp")
         try:

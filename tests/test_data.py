@@ -422,6 +422,17 @@ def test_cache_never_pairs_a_new_array_with_an_old_note(tmp_path, monkeypatch):
     assert np.array_equal(ham(root, 8, cache).images, before)
 
 
+def test_a_cache_clears_what_killed_processes_left_and_nothing_else(tmp_path):
+    root, cache = ham_folder(tmp_path / "in"), tmp_path / "images"
+    dead, alive, other = (Path(f"{cache}{end}") for end in (
+        f".npy.{2 ** 22 + 1}.tmp", ".npy.1.tmp", f"2.npy.{2 ** 22 + 1}.tmp"))    # no pid is as high
+    for path in (dead, alive, other):
+        path.write_bytes(b"half")
+    ham(root, 8, cache)
+    assert alive.exists() and other.exists()
+    assert dead.exists() != Path("/proc/self").exists()
+
+
 def test_cache_of_objects_is_refused_and_errors_name_the_file(tmp_path):
     root, cache = ham_folder(tmp_path / "in"), tmp_path / "images"
     ham(root, 8, cache)
