@@ -4,6 +4,7 @@ A step draws all its randomness from `step_generator(seed, step)`, so a run that
 resumed equals one that is not, without any random state in the checkpoint.
 Sources: Loshchilov & Hutter 2019 (AdamW, arXiv 1711.05101); 2017 (cosine, arXiv 1608.03983).
 """
+import ctypes
 import math
 import sys
 from collections.abc import Callable
@@ -17,6 +18,18 @@ def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> 
     """The random stream of one training step; SeedSequence mixes, so neighbours are unrelated."""
     mixed = int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
     return torch.Generator(device).manual_seed(mixed >> 1)      # manual_seed takes 63 bits
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep up to 1 GiB of what was freed, tensors of up to 32 MiB included.
+
+    As shipped it gives every large tensor back at once, and the system clears the pages anew for
+    the next one: 5 to 10 % of a diffusion step on two cores. Elsewhere than on glibc a no-op.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-3, 32 << 20)           # M_MMAP_THRESHOLD
+        mallopt(-1, 1 << 30)            # M_TRIM_THRESHOLD
 
 
 def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
@@ -96,6 +109,7 @@ def fit(network: nn.Module, pick: Callable[[torch.Generator], Tensor],
     Returns the mean loss of every block of 20 steps.
     Raises FloatingPointError naming the step at which the loss was not finite, and its images.
     """
+    keep_freed_memory()
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay,
                                   betas=(0.9, 0.99), fused=True)
     first, history, recent, parts = 0, [], [], 1
