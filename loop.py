@@ -388,6 +388,17 @@ class Experiment:
         finite = x.flatten(1).isfinite().all(1).numpy()
         return to_uint8(x.nan_to_num()).numpy(), finite, tally.nonfinite
 
+    def cost(self, made: Candidates) -> None:
+        """Log the milliseconds an image takes, and one from pure noise, unguided, in as many steps.
+        """
+        some, spent = slice(CHUNK), {}
+        parents = self.train.subset(made.parents[some])
+        for way, how in (("plain", {"start": "noise", "scales": (0, 0, 0)}), ("guided", {})):
+            begun = time.monotonic()
+            self.synthesise(parents, made.targets[some], made.seeds[some], **how)
+            spent[way] = 1000 * (time.monotonic() - begun) / len(parents)
+        self.run.log("cost", **spent)
+
     @torch.no_grad()
     def features(self, network: classifier.ResNet, x: Tensor) -> Tensor:
         return network.features(x)
@@ -615,6 +626,8 @@ class Experiment:
                 student = self.student(f"round_{number}", images, weights, self.seed("student", 0),
                                        self.jitter)
                 rounds[-1]["entry"]["val_balanced_accuracy"] = self.score_val(student)
+        if rounds:
+            self.cost(rounds[-1]["made"])
         added = self.added_sets(rounds)
         predictions = self.run_arms(added)
         self.finish(rounds, added, predictions, self.quality(added) if added else {})

@@ -92,7 +92,7 @@ def write(folder: Path) -> None:
         *section("Settings", ("code", as_yaml(private(results.get("config") or {})))),
         *section("Versions and hardware", sheet(results, {"value": known})),
         *section("Minutes", sheet(results, {"minutes": {
-            k: f"{v:.1f}" for k, v in results["minutes"].items()}})),
+            k: f"{v:.1f}" for k, v in results["minutes"].items()}}), *cost(log)),
     ]
     for block in blocks:
         for stem, _, drawing in block[1] if block[0] == "plots" else ():
@@ -285,6 +285,16 @@ def minutes(log):
             kind = re.split(r"_|\d", event["stage"])[0]
             spent[kind] = spent.get(kind, 0) + event["seconds"] / 60
     return spent and {**spent, "total": sum(spent.values())}
+
+
+def cost(log):
+    """What a guided image costs beside a plain one; the last such event counts."""
+    for event in reversed(log):
+        guided, plain = (number(event.get(k)) for k in ("guided", "plain"))
+        if event.get("event") == "cost" and guided and plain:
+            yield "p", (f"A guided image took {guided:.0f} ms, one from pure noise, unguided and in "
+                        f"as many steps, {plain:.0f} ms: {guided / plain:.1f} times as long.")
+            return
 
 
 def losses(results, log, broken):

@@ -81,6 +81,8 @@ def fake_run(folder, **kwargs):
              for stage in ("ddpm", "student_naive_0", "student_real_1") for i in range(250)]
     lines += [{"event": "stage", "stage": s, "seconds": n} for s, n in
               (("ddpm", 45.0), ("student_naive_0", 10.0), ("student_real_1", 20.0))]
+    lines += [{"event": "cost", "plain": 1.0, "guided": 9.0},       # a resumed run logs it again
+              {"event": "cost", "plain": 4.0, "guided": 10.0}]
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"event": "lo')
     for name in ("hard", "data", "one_more"):
         picture = Image.fromarray(rng.integers(0, 255, (8, 20, 3), dtype=np.uint8))
@@ -113,6 +115,11 @@ def test_verdict_is_the_first_sentence(run):
     assert md.split("\n\n")[:2] == ["# Report: fake", VERDICT]
     body = re.sub(r"<[^>]+>", "\n", html.split("<body>")[1]).split("\n")
     assert [words for words in body if words][:2] == ["Report: fake", VERDICT]
+
+
+def test_the_last_measured_cost_is_told(run):
+    assert ("A guided image took 10 ms, one from pure noise, unguided and in as many steps, 4 ms: "
+            "2.5 times as long.") in run[2]
 
 
 def test_before_and_after_equals_results(run):
