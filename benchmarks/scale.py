@@ -106,7 +106,7 @@ def show(title: str, columns: dict, tenfold: float = 0.0) -> None:
         told = [f"{s:.1f} s, {memory:,.0f} MiB" + f", GPU {gpu:,.0f} MiB" * bool(gpu)
                 for s, memory, gpu in rows]
         if tenfold:
-            ratio = rows[-1][0] / max(rows[0][0], 1e-9)         # a stage may not have been asked for
+            ratio = rows[-1][0] / max(rows[0][0], 1e-9)     # a stage may not have been needed
             told.append(f"x {ratio ** (1 / tenfold):.1f}")
         print(f"| {name} | {' | '.join(told)} |", flush=True)
 
