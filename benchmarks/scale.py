@@ -7,7 +7,8 @@ Every cell is the whole loop in a process of its own, with few training steps: t
 number, so that what grows is all the rest. The images are files of four classes, coarse patches,
 since the phantom takes 1 to 10 ms to draw one; without groups, so that children are variations of
 their parent. A hundredth is generated, val and test each. Memory is the peak of a stage beyond the
-imports (torch among them), mapped files included, on Linux alone. Under 10 minutes on two cores.
+imports (torch among them), mapped files included and what an earlier stage freed but the process
+kept; on Linux alone. Under 10 minutes on two cores.
 """
 import argparse
 import contextlib
