@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import classifier
 import ddpm
+import diffusers_unet
 import guidance
 from training import seeded
 from unet import UNet
@@ -33,15 +34,6 @@ SIZE, BATCH, WIDTH, MULTIPLIERS, BLOCKS, T = 32, 64, 64, (1, 2, 2), 2, 1000
 
 def ours(patch: int) -> UNet:
     return seeded(0, lambda: UNet(SIZE, 4, 6, WIDTH, MULTIPLIERS, BLOCKS, 8 // patch, patch))
-
-
-def theirs():
-    from diffusers import UNet2DModel
-    down = ["AttnDownBlock2D" if SIZE >> i <= 8 else "DownBlock2D" for i in range(3)]
-    return UNet2DModel(sample_size=SIZE, layers_per_block=BLOCKS, num_class_embeds=4,
-                       block_out_channels=tuple(WIDTH * m for m in MULTIPLIERS),
-                       down_block_types=tuple(down), attention_head_dim=32,
-                       up_block_types=tuple(n.replace("Down", "Up") for n in reversed(down)))
 
 
 def trainer(network, call, bf16: bool, device):
@@ -113,7 +105,8 @@ def main():
     def call_theirs(network, x, t, y):
         return network(x, t, y).sample
     networks = {"ours": (ours(1), call_ours), "ours, folded": (ours(2), call_ours),
-                "diffusers": (theirs(), call_theirs)}
+                "diffusers": (diffusers_unet.build(
+                    SIZE, WIDTH, MULTIPLIERS, BLOCKS, attention=8, labels=4), call_theirs)}
     for name, (network, call) in networks.items():
         network.to(device)
         print(f"{name}: {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters, "
