@@ -65,7 +65,8 @@ class Streamed:
         return torch.from_numpy(self.images[index])
 
     def split(self, size: int):
-        return (self[i:i + size] for i in range(0, len(self), size))
+        """As of a tensor: none at all is still one part, empty."""
+        return (self[i:i + size] for i in range(0, max(1, len(self)), size))
 
 
 def random_turn(x: Tensor, generator: torch.Generator) -> Tensor:
