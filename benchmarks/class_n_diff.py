@@ -1,7 +1,7 @@
 """Does a classifier inside the diffusion model's training help? The claims of Class-N-Diff (arXiv
 2510.16887): better control over the class, and a better classifier.
 
-    python benchmarks/class_n_diff.py                                      # 45 minutes on two cores
+    python benchmarks/class_n_diff.py                             # about 45 minutes on two cores
     python benchmarks/class_n_diff.py --config configs/ham10000_cpu.yaml --set data.root=PATH
 
 For every seed the plain model and both forms of class_n_diff.py, with the same steps; of each,
@@ -13,7 +13,6 @@ Writes runs/class_n_diff_NAME.json, .md and .png; one that was stopped goes on w
 """
 import argparse
 import json
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +31,11 @@ import pictures
 import report
 from runfolder import RunFolder, one_line, save_picture, write_bytes
 
-COUNT = 600         # images of each model
+COUNT = 600         # images of each kind
+# what is sampled: by which model, and is it guided by its guide, or its head
+SAMPLED = {"plain": ("plain", False), "class-n-diff": ("class-n-diff", False),
+           "joint head": ("joint head", False), "plain, guided by its guide": ("plain", True),
+           "joint head, guided by itself": ("joint head", True)}
 METRICS = ("accuracy", "sensitivity", "specificity", "balanced_accuracy")
 
 
@@ -77,16 +80,13 @@ def even(train: data.ImageSet) -> data.ImageSet:
 
 
 def generate(trained: dict[str, loop.Experiment]) -> dict[str, data.ImageSet]:
-    """The images of every model, and of two guided by a classifier, from the same noise."""
+    """COUNT images each of what is SAMPLED, from the same noise."""
     c, asked, made = trained["plain"].config, even(trained["plain"].train), {}
     seeds = np.array([loop.derive(c.loop.seed, "class_n_diff", i) for i in range(COUNT)])
-    for name, kind, scale in (
-            ("plain", "plain", 0.0), ("class-n-diff", "class-n-diff", 0.0),
-            ("joint head", "joint head", 0.0),
-            ("plain, guided by its guide", "plain", c.guidance.class_scale),
-            ("joint head, guided by itself", "joint head", c.guidance.class_scale)):
-        images, _, _ = trained[kind].synthesise(asked, asked.groups, seeds, start="noise",
-                                                scales=(scale, 0.0, 0.0))
+    for name, (kind, guided) in SAMPLED.items():
+        images, _, _ = trained[kind].synthesise(
+            asked, asked.groups, seeds, start="noise",
+            scales=(c.guidance.class_scale * guided, 0.0, 0.0))
         made[name] = replace(asked, images=images)
     return made
 
@@ -99,8 +99,8 @@ def cells(of: data.ImageSet) -> dict[str, np.ndarray]:
 
 
 def quality(plain: loop.Experiment, made: dict[str, data.ImageSet]) -> dict:
-    """Agreement with the class asked for, Frechet distance and recall; as loop.quality has them,
-    by cells. Real images of test, as many and of the same cells, have the agreement alone."""
+    """Agreement with the class asked for, Frechet distance and recall against as many real images
+    of test, of the same cells. Of the real ones themselves the agreement alone."""
     c, train, test = plain.config, plain.train, plain.splits["test"]
 
     def learnt(name, images):
@@ -118,11 +118,11 @@ def quality(plain: loop.Experiment, made: dict[str, data.ImageSet]) -> dict:
     real = test.subset(index)
     known, found = features(real), {}
     for name, images in {"real": real, **made}.items():
-        found[name] = {judge: {cell: float(right[rows].mean())
-                               for cell, rows in cells(images).items() if rows.any()}
-                       for judge, network in judges.items()
-                       for right in [plain.predict(network, images.images).argmax(1)
-                                     == images.labels]}
+        found[name] = {}
+        for judge, network in judges.items():
+            right = plain.predict(network, images.images).argmax(1) == images.labels
+            found[name][judge] = {cell: float(right[rows].mean())
+                                  for cell, rows in cells(images).items() if rows.any()}
     for (name, images), index in zip(made.items(), chosen):
         own = features(some := images.subset(index))
         found[name]["frechet"] = (evaluate.frechet_distance(known, own)
@@ -136,12 +136,14 @@ def quality(plain: loop.Experiment, made: dict[str, data.ImageSet]) -> dict:
 def diagnosis(trained: dict[str, loop.Experiment], made: dict[str, data.ImageSet]) -> dict:
     """What each classifier is worth on test: students from the same start, guides, the head."""
     plain, test = trained["plain"], trained["plain"].splits["test"]
-    networks = {}
-    for name, images in {"": None, **made}.items():
-        both, weights = plain.mixed(plain.train, images)
-        networks[f"student on real and {name}" if name else "student on real images"] = \
-            plain.student(f"student_{re.sub('[^a-z]+', '_', name)}", both, weights,
-                          plain.seed("student"), plain.jitter)
+
+    def student(e, name, added):        # in the model's own folder: no other's is mistaken for it
+        images, weights = e.mixed(e.train, added)
+        return e.student(name, images, weights, e.seed("student"), e.jitter)
+    networks = {"student on real images": student(plain, "student_real", None)}
+    for name, (kind, guided) in SAMPLED.items():
+        networks[f"student on real and {name}"] = student(
+            trained[kind], f"student_{'guided' if guided else 'added'}", made[name])
     networks[f"guide trained apart, {plain.config.classifier.guide_steps} steps"] = Clean(
         plain.guide)
     networks["guide of class-n-diff"] = Clean(trained["class-n-diff"].guide)
