@@ -180,6 +180,29 @@ def random_shift(x: Tensor, generator: torch.Generator, pixels: int) -> Tensor:
     return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
+def drawer(weights: Tensor, batch: int) -> Callable[[torch.Generator], Tensor]:
+    """pick(generator) -> (batch,) int64, each index drawn as often as its weight (N,) says."""
+    # By search in the cumulative sum: exact, and fast for any N. Summed on the CPU: a GPU has no
+    # deterministic cumulative sum.
+    table = (weights.double() / weights.double().sum()).cpu().cumsum(0).to(weights.device)
+
+    def pick(generator):
+        u = torch.rand(batch, generator=generator, device=table.device, dtype=torch.float64)
+        return torch.searchsorted(table, u).clamp(max=len(table) - 1)
+    return pick
+
+
+def loss(network: ResNet, images: Tensor, labels: Tensor, index: Tensor,
+         generator: torch.Generator, part: slice, *, jitter: float, noise=None) -> Tensor:
+    """Cross-entropy on the images at `index` (B,), turned, jittered, and noised or shifted; the
+    other arguments as in `train`. part: the rows that count; what is drawn is drawn for all."""
+    x = random_turn(to_float(images[index]), generator)
+    x = jitter_colour(x, jitter, generator)
+    seen = (noise(x, generator) if noise is not None else
+            [random_shift(x, generator, max(1, x.shape[-1] // 16))])
+    return F.cross_entropy(network(*(a[part] for a in seen)), labels[index[part]])
+
+
 def train(network: ResNet, images: Tensor, labels: Tensor, weights: Tensor, *, steps: int,
           batch: int, lr: float, jitter: float, seed: int, bf16: bool = False,
           noise: Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]] | None = None,
@@ -190,23 +213,11 @@ def train(network: ResNet, images: Tensor, labels: Tensor, weights: Tensor, *, s
     noise(x0, generator) -> (x_t, t) makes a guide of it: Dhariwal & Nichol 2021, section 4.
     jitter: strength of `jitter_colour`. `progress` goes to training.fit. Returns the loss history.
     """
-    # The sampling table is drawn from by search in its cumulative sum: exact, and fast for any N.
-    # Summed on the CPU: a GPU has no deterministic cumulative sum.
-    table = (weights.double() / weights.double().sum()).cpu().cumsum(0).to(images.device)
-
-    def pick(generator):
-        u = torch.rand(batch, generator=generator, device=images.device, dtype=torch.float64)
-        return torch.searchsorted(table, u).clamp(max=len(table) - 1)
-
     def loss_fn(index, generator, part):
-        x = random_turn(to_float(images[index]), generator)
-        x = jitter_colour(x, jitter, generator)
-        seen = (noise(x, generator) if noise is not None else
-                [random_shift(x, generator, max(1, x.shape[-1] // 16))])
-        return F.cross_entropy(network(*(a[part] for a in seen)), labels[index[part]])
+        return loss(network, images, labels, index, generator, part, jitter=jitter, noise=noise)
 
-    return fit(network, pick, loss_fn, steps=steps, lr=lr, seed=seed, device=images.device,
-               bf16=bf16, weight_decay=0.05, **progress)
+    return fit(network, drawer(weights, batch), loss_fn, steps=steps, lr=lr, seed=seed,
+               device=images.device, bf16=bf16, weight_decay=0.05, **progress)
 
 
 def balanced_weights(labels: np.ndarray, cells: np.ndarray | None = None) -> np.ndarray:

@@ -55,6 +55,7 @@ class Unet:
     blocks: int = within(1, 8)
     attention: int = within(0, 64)
     patch: int = within(1, 8)
+    joint_head: bool
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Ddpm:
     lr: float = within(1e-7, 1)
     ema: float = within(0, 0.99999)
     drop: float = within(0, 0.9)
+    classifier_weight: float = within(0, 10)
+    classifier_probability: float = within(0, 1)
 
 
 @dataclass(frozen=True)
@@ -270,6 +273,9 @@ def check_together(c: Config) -> None:
                           "times 2 for every level after the first in unet.multipliers")
     if c.unet.width % 16:
         raise ConfigError(f"unet.width: {c.unet.width} must be a multiple of 16")
+    if c.unet.joint_head and not c.ddpm.classifier_weight:
+        raise ConfigError("unet.joint_head: the head learns with ddpm.classifier_weight, write one "
+                          "above 0 such as 0.2; found 0")
     if c.data.kind == "phantom" and c.data.size > 128:
         raise ConfigError("data.size: the phantom is drawn at 16 to 128 pixels, "
                           f"found {c.data.size}")

@@ -74,6 +74,16 @@ class Schedule:
         abar_t = self.abar(t, x0)
         return abar_t.sqrt() * x0 + (1 - abar_t).sqrt() * eps
 
+    def noised(self, x0: Tensor, generator: torch.Generator,
+               clean: float = 0.0) -> tuple[Tensor, Tensor]:
+        """x0, each image at a level of its own, and the levels: what a guide learns from. A share
+        `clean` of them is left clean and told to be at level 0, which is all but clean."""
+        t = torch.randint(self.T, (len(x0),), generator=generator, device=x0.device)
+        eps = torch.randn(x0.shape, generator=generator, device=x0.device)
+        coin = torch.rand(len(x0), generator=generator, device=x0.device)
+        t = torch.where(coin < clean, -1, t)
+        return self.q_sample(x0, t, eps), t.clamp(min=0)
+
     def predict_x0(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The clean image that (x_t, eps) imply, not clipped. Ho et al. 2020, Eq. 15."""
         abar_t = self.abar(t, x_t)
@@ -104,7 +114,8 @@ class Schedule:
 
 def loss(network: nn.Module, schedule: Schedule, x0: Tensor, y: Tensor, g: Tensor,
          generator: torch.Generator, part: slice = slice(None), *, prediction: str = "v",
-         drop: float = 0.1) -> Tensor:
+         drop: float = 0.1,
+         also: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None) -> Tensor:
     """The training loss: mean squared error of the predicted eps or v at a random noise level.
 
     Ho et al. 2020, Algorithm 1 and Eq. 14 (eps); Salimans & Ho 2022, Eq. 12 (v: its error weighs
@@ -112,7 +123,8 @@ def loss(network: nn.Module, schedule: Schedule, x0: Tensor, y: Tensor, g: Tenso
     With probability `drop` each, the class, the group, and both together are withheld (-1), so that
     one network is also the unconditional model: Ho & Salimans 2022 (arXiv 2207.12598).
     x0: (B, 3, H, W) in [-1, 1]; y, g: (B,) int64, -1 unknown. part: the rows that count; what is
-    drawn is drawn for all. Returns a scalar.
+    drawn is drawn for all. also(t, x0_hat, y) is added, of the network's clean estimate (not
+    clipped) and the class it was told. Returns a scalar.
     """
     B, device = len(x0), x0.device
     t = torch.randint(schedule.T, (B,), generator=generator, device=device)
@@ -120,9 +132,14 @@ def loss(network: nn.Module, schedule: Schedule, x0: Tensor, y: Tensor, g: Tenso
     told = torch.rand(3, B, generator=generator, device=device) >= drop
     y, g = torch.where(told[0] & told[2], y, -1), torch.where(told[1] & told[2], g, -1)
     x0, y, g, t, eps = (a[part] for a in (x0, y, g, t, eps))
-    output = network(schedule.q_sample(x0, t, eps), t, y, g)
+    x_t = schedule.q_sample(x0, t, eps)
+    output = network(x_t, t, y, g)
     target = eps if prediction == "eps" else schedule.velocity(x0, t, eps)
-    return (output - target).square().mean()
+    error = (output - target).square().mean()
+    if also is None:
+        return error
+    eps_hat = output if prediction == "eps" else schedule.eps_from_velocity(x_t, t, output)
+    return error + also(t, schedule.predict_x0(x_t, t, eps_hat), y)
 
 
 class EMA:
@@ -336,6 +353,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with one_line("ddpm.py"):
         c = config.load(arguments.config, arguments.set)
+        if c.ddpm.classifier_weight:
+            raise ValueError("ddpm.classifier_weight: this command trains the plain model, write "
+                             f"0 or run loop.py; found {c.ddpm.classifier_weight}")
         train_set = data.load(**vars(c.data))["train"]
         classes, groups = len(train_set.class_names), max(1, len(train_set.group_names))
         network = seeded(c.loop.seed, lambda: UNet(

@@ -28,8 +28,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
+import class_n_diff
 import classifier
 import config as configuration
 import data
@@ -135,7 +136,7 @@ class Experiment:
         return seeded(seed, lambda: UNet(
             c.data.size, len(train.class_names), len(train.group_names), c.unet.width,
             tuple(c.unet.multipliers), c.unet.blocks, c.unet.attention,
-            c.unet.patch)).to(self.device)
+            c.unet.patch, c.unet.joint_head)).to(self.device)
 
     def new_resnet(self, seed: int, noise_levels: int = 0) -> classifier.ResNet:
         c = self.config
@@ -151,25 +152,30 @@ class Experiment:
 
     def train_generator(self) -> None:
         """The diffusion model and the guide, once, on the train split alone."""
-        c, x = self.config.ddpm, self.tensors["train"]
+        c, k, x = self.config.ddpm, self.config.classifier, self.tensors["train"]
         labels, groups = self.tensor(self.train.labels), self.tensor(self.train.groups)
-        self.unet = self.new_unet(self.seed("ddpm"))
-        self.run.train("ddpm", self.unet, c.steps, lambda **progress: ddpm.train(
-            self.unet, self.schedule, x, labels, groups, steps=c.steps, batch=c.batch, lr=c.lr,
-            ema_decay=c.ema, prediction=c.prediction, drop=c.drop, seed=self.seed("ddpm"),
-            bf16=self.bf16, names=self.train.sources, **progress))
-
-        def noise(x0, generator):
-            t = torch.randint(c.T, (len(x0),), generator=generator, device=x0.device)
-            eps = torch.randn(x0.shape, generator=generator, device=x0.device)
-            return self.schedule.q_sample(x0, t, eps), t
-        self.guide = self.new_resnet(self.seed("guide"), noise_levels=c.T)
-        k = self.config.classifier
         weights = self.tensor(classifier.balanced_weights(self.train.labels))
+        self.unet, joint = self.new_unet(self.seed("ddpm")), self.config.unet.joint_head
+        self.guide = (class_n_diff.Head(self.unet) if joint else
+                      self.new_resnet(self.seed("guide"), noise_levels=c.T))
+        given = dict(steps=c.steps, batch=c.batch, lr=c.lr, ema_decay=c.ema, drop=c.drop,
+                     prediction=c.prediction, seed=self.seed("ddpm"))
+        common = dict(bf16=self.bf16, names=self.train.sources)
+        if c.classifier_weight:
+            networks = nn.ModuleDict({"unet": self.unet} if joint else
+                                     {"unet": self.unet, "guide": self.guide})
+            self.run.train("ddpm", networks, c.steps, lambda **progress: class_n_diff.train(
+                networks, self.schedule, x, labels, groups, weights, jitter=min(k.jitter),
+                classifier_weight=c.classifier_weight,
+                classifier_probability=c.classifier_probability, **given, **common, **progress))
+            self.guide.eval()           # a head is no part of `networks`
+            return
+        self.run.train("ddpm", self.unet, c.steps, lambda **progress: ddpm.train(
+            self.unet, self.schedule, x, labels, groups, **given, **common, **progress))
         self.run.train("guide", self.guide, k.guide_steps, lambda **progress: classifier.train(
             self.guide, x, labels, weights, steps=k.guide_steps, batch=k.batch, lr=k.lr,
-            jitter=min(k.jitter), seed=self.seed("guide"), bf16=self.bf16, noise=noise,
-            names=self.train.sources, **progress))
+            jitter=min(k.jitter), seed=self.seed("guide"), noise=self.schedule.noised, **common,
+            **progress))
 
     def student(self, name: str, images: ImageSet, weights: np.ndarray, seed: int,
                 jitter: float) -> classifier.ResNet:
@@ -821,10 +827,11 @@ class Experiment:
                    + c.data.folds * c.loop.rounds + len(self.arms) * c.loop.seeds)
         generating = sum(a in ("noise", "random") for a in self.arms) + c.loop.rounds
         images = generating * c.loop.added * c.loop.surplus * len(self.train)
+        guided = c.ddpm.steps if c.ddpm.classifier_weight else c.classifier.guide_steps
         # evaluations a step: inverting, decoding, and about two more for guidance's gradients
         evaluations = (c.guidance.start == "counterfactual") + 1 + (c.guidance.classifier_free != 1)
         return students * trained * learning + 30 + self.generates * (
-            c.ddpm.steps * diffusion + c.classifier.guide_steps * learning * 1.3
+            c.ddpm.steps * diffusion + guided * learning * 1.3
             + images * c.guidance.steps * (evaluations + 2) * looking)
 
 

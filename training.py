@@ -97,11 +97,13 @@ def fit(network: nn.Module, pick: Callable[[torch.Generator], Tensor],
         on_step: Callable[[int, int, float], None] | None = None) -> list[float]:
     """Train `network` in place by AdamW for `steps` steps.
 
-    pick(generator) draws a batch, (B,) int64; loss_fn(batch, generator, part) draws whatever else
-    the batch needs and returns the mean loss of its rows `part`. Where the GPU's memory does not
-    hold all rows at once, parts follow each other and their gradients are added: the same
-    images, noise and steps, and the same gradient to rounding, unless the network has BatchNorm,
-    whose statistics are then those of a part.
+    network: an nn.ModuleDict holds several that learn in the same steps; each gradient is cut to
+    length 1 by itself, so that none changes another's path.
+    pick(generator) draws a batch, (B,) or (B, n) int64; loss_fn(batch, generator, part) draws
+    whatever else the batch needs and returns the mean loss of its rows `part`. Where the GPU's
+    memory does not hold all rows at once, parts follow each other and their gradients are added:
+    the same images, noise and steps, and the same gradient to rounding, unless the network has
+    BatchNorm, whose statistics are then those of a part.
     names: (N,) what to call the images that `pick` draws from.
     ema: object with update(network), state_dict(), load_state_dict(), told after every step.
     state: what `save` was last given; training goes on from there. save(state) is called every
@@ -137,7 +139,8 @@ def fit(network: nn.Module, pick: Callable[[torch.Generator], Tensor],
                 parts = min(2 * parts, size)
                 print(f"out of memory in step {step}: from here on {-(-size // parts)} images at a "
                       f"time, {parts} times a step", file=sys.stderr)
-        norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0, foreach=True)
+        norm = sum(nn.utils.clip_grad_norm_(one.parameters(), 1.0, foreach=True) for one in (
+            network.values() if isinstance(network, nn.ModuleDict) else [network]))
         optimizer.step()
         if ema is not None:
             ema.update(network)
@@ -146,7 +149,7 @@ def fit(network: nn.Module, pick: Callable[[torch.Generator], Tensor],
             losses = torch.stack(recent).float().cpu()
             if not losses.isfinite().all():
                 at = step + 1 - len(recent) + int((~losses.isfinite()).nonzero()[0])
-                batch = pick(step_generator(seed, at, device)).cpu().numpy()
+                batch = pick(step_generator(seed, at, device)).flatten().cpu().numpy()
                 images = ", ".join(map(str, batch if names is None else names[batch]))
                 raise FloatingPointError("the loss or its gradient was not finite at step "
                                          f"{at} of {steps}, on the images {images}")

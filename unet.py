@@ -75,12 +75,13 @@ class UNet(nn.Module):
     The image is folded `patch` x `patch` pixels into channels first: a quarter of the work at
     patch 2, and no convolution runs at 3 channels, where it would be slow.
     size: pixels a side, a multiple of patch * 2^(levels - 1). attention: at feature maps of at most
-    this many pixels a side. Raises ValueError if size or width does not fit.
+    this many pixels a side. joint_head: with `classify`, logits from the bottleneck.
+    Raises ValueError if size or width does not fit.
     """
 
     def __init__(self, size: int, classes: int, groups: int, width: int = 64,
                  multipliers: tuple[int, ...] = (1, 2, 2), blocks: int = 1, attention: int = 8,
-                 patch: int = 2):
+                 patch: int = 2, joint_head: bool = False):
         super().__init__()
         if size % (patch * 2 ** (len(multipliers) - 1)):
             raise ValueError(f"size {size} is no multiple of patch x 2^(levels - 1) = "
@@ -111,6 +112,7 @@ class UNet(nn.Module):
                 side //= 2
         self.middle = nn.ModuleList([ResBlock(channels, channels, c), Attention(channels),
                                      ResBlock(channels, channels, c)])
+        bottom = channels
         for level, multiplier in reversed(list(enumerate(multipliers))):
             for _ in range(blocks + 1):
                 self.up.append(stage(channels + skips.pop(), width * multiplier, side))
@@ -120,6 +122,9 @@ class UNet(nn.Module):
                 side *= 2
         self.head = nn.Sequential(norm(channels), nn.SiLU(),
                                   zero(nn.Conv2d(channels, 3 * patch ** 2, 3, padding=1)))
+        if joint_head:      # last, so that the other weights are those of a network without it
+            self.diagnosis = nn.Sequential(norm(bottom), nn.SiLU(), nn.AdaptiveAvgPool2d(1),
+                                           nn.Flatten(), zero(nn.Linear(bottom, classes)))
 
     def embed(self, t: Tensor, y: Tensor, g: Tensor) -> Tensor:
         """Time, class and group, each embedded and summed: (B, 4 width)."""
@@ -128,8 +133,9 @@ class UNet(nn.Module):
         time = self.time(timestep_embedding(t, self.width))
         return F.silu(time + self.class_embedding(y) + self.group_embedding(g))
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor, g: Tensor) -> Tensor:
-        """x_t (B, 3, S, S) float32; t, y, g (B,) int64. Returns (B, 3, S, S) float32."""
+    def encode(self, x_t: Tensor, t: Tensor, y: Tensor,
+               g: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The half down to the bottleneck: its features, those on the way, and the condition."""
         c = self.embed(t, y, g)                                              # (B, 4 width)
         h = self.stem(F.pixel_unshuffle(x_t, self.patch))                    # (B, width, S/p, S/p)
         skips = [h]
@@ -141,7 +147,17 @@ class UNet(nn.Module):
                 h = attention(block(h, c))
             skips.append(h)
         first, attention, last = self.middle
-        h = last(attention(first(h, c)), c)                                  # (B, C, smallest side)
+        return last(attention(first(h, c)), c), skips, c                     # (B, C, smallest side)
+
+    def classify(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Logits (B, classes) of noisy images by the joint head. Neither class nor group is told:
+        they would be the answer, or a hint at it."""
+        untold = torch.full_like(t, -1)
+        return self.diagnosis(self.encode(x_t, t, untold, untold)[0])
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor, g: Tensor) -> Tensor:
+        """x_t (B, 3, S, S) float32; t, y, g (B,) int64. Returns (B, 3, S, S) float32."""
+        h, skips, c = self.encode(x_t, t, y, g)
         for module in self.up:
             if isinstance(module, nn.Conv2d):
                 h = module(F.interpolate(h, scale_factor=2.0, mode="nearest"))

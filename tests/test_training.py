@@ -155,14 +155,15 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(with_ema):
             assert all(torch.equal(again_ema.shadow[k], v) for k, v in ema.shadow.items())
 
 
-def test_a_loss_that_is_not_finite_names_the_images_of_its_batch():
+@pytest.mark.parametrize("shape", [(5,), (5, 2)])
+def test_a_loss_that_is_not_finite_names_the_images_of_its_batch(shape):
     network, names, seen = nn.Linear(1, 1), np.array([f"image-{i}" for i in range(90)]), []
 
     def draw(generator):
-        return torch.randint(90, (5,), generator=generator)
+        return torch.randint(90, shape, generator=generator)
 
     def loss_fn(batch, generator, part):
-        seen.append(names[batch].tolist())
+        seen.append(names[batch].ravel().tolist())
         return network.weight.sum() * (math.nan if len(seen) == 8 else 1.0)
     with pytest.raises(FloatingPointError) as error:
         fit(network, draw, loss_fn, steps=20, lr=0.0, seed=3, names=names)
