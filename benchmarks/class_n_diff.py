@@ -52,12 +52,15 @@ class Clean(nn.Module):
 
 def experiments(path: str, overrides: list[str], seed: int) -> dict[str, loop.Experiment]:
     """The plain model and both forms, trained; what was trained before is read."""
-    weight = configuration.load(path, overrides).ddpm.classifier_weight or 0.2
+    given = configuration.load(path, overrides).ddpm
+    weight = given.classifier_weight or 0.2
     trained = {}
     for kind, own, head in (("plain", 0, "false"), ("class-n-diff", weight, "false"),
                             ("joint head", weight, "true")):
         c = configuration.load(path, [*overrides, f"loop.seed={seed}", f"unet.joint_head={head}",
-                                      f"ddpm.classifier_weight={own}"])
+                                      f"ddpm.classifier_weight={own}",
+                                      # a guide trained apart takes no fewer steps
+                                      f"classifier.guide_steps={given.steps}"])
         folder = Path("runs") / f"class_n_diff_{Path(path).stem}_{seed}" / kind.replace(" ", "_")
         folder.mkdir(parents=True, exist_ok=True)
         e = trained[kind] = loop.Experiment(c, RunFolder(folder))
