@@ -292,8 +292,8 @@ def cost(log):
     for event in reversed(log):
         guided, plain = (number(event.get(k)) for k in ("guided", "plain"))
         if event.get("event") == "cost" and guided and plain:
-            yield "p", (f"A guided image took {guided:.0f} ms, one from pure noise, unguided and in "
-                        f"as many steps, {plain:.0f} ms: {guided / plain:.1f} times as long.")
+            yield "p", (f"A guided image took {guided:.0f} ms, one from pure noise, unguided and "
+                        f"in as many steps, {plain:.0f} ms: {guided / plain:.1f} times as long.")
             return
 
 
