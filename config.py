@@ -87,7 +87,7 @@ class Classifier:
 class Guidance:
     targets: str = within(choices=("hard", "groups", "both"))
     external: str
-    start: str = within(choices=("counterfactual", "parent"))
+    start: str = within(choices=("counterfactual", "recoloured", "parent"))
     depth: float = within(0.05, 1)
     strength: float = within(0.05, 1)
     steps: int = within(1)

@@ -354,8 +354,9 @@ class Experiment:
         """One image per parent: uint8 (N, 3, H, W), which of them came out finite, and how many
         gradients did not.
 
-        start: "counterfactual" (invert, decode under the target group), "parent" (its noised image)
-        or "noise"; without groups a counterfactual is the image itself, so it becomes "parent".
+        start: "counterfactual" (invert, decode under the target group), "recoloured" (what arm
+        recolour makes of it, noised), "parent" (its noised image) or "noise"; without groups a
+        counterfactual is the image itself, so it becomes "parent".
         scales: of class evidence, hardness and likeness; None: the config's.
         """
         c = self.config.guidance
@@ -363,6 +364,9 @@ class Experiment:
         if start == "counterfactual" and not self.train.group_names:
             start = "parent"
         scales = scales or (c.class_scale, c.hardness_scale, c.likeness_scale)
+        if start == "recoloured":       # colour by arithmetic, the rest by the model
+            parents = replace(parents, images=recoloured(self.train, parents, targets,
+                                                         self.seed("recoloured")))
         tally, made = guidance.Tally(), []
         for first in range(0, len(parents), CHUNK):
             part = slice(first, first + CHUNK)
@@ -383,7 +387,7 @@ class Experiment:
                                          tally)
             if start == "counterfactual":
                 x = guidance.counterfactual(model(own), wanted, self.schedule, x0, c.depth, c.steps)
-            elif start == "parent":
+            elif start in ("recoloured", "parent"):
                 x = guidance.variation(wanted, self.schedule, x0, noise(*x0.shape[1:]), c.strength,
                                        c.steps)
             else:
@@ -691,7 +695,7 @@ class Experiment:
         The floor is a second picture by the phantom: new skin of that type, new sensor noise.
         """
         c, made = self.config.data, self.made.get("guided")
-        if c.kind != "phantom" or made is None or self.config.guidance.start != "counterfactual":
+        if c.kind != "phantom" or made is None or self.config.guidance.start == "parent":
             return {}
 
         def off(images, truth):
@@ -787,9 +791,10 @@ class Experiment:
         by_hardness = np.argsort(margin, kind="stable")
         chosen = np.concatenate([by_hardness[train.labels[by_hardness] == c][:2]
                                  for c in np.flatnonzero(train.malignant)[::-1]])
-        parents = train.subset(np.repeat(chosen, groups))
+        parents, way = train.subset(np.repeat(chosen, groups)), self.config.guidance.start
+        way = "counterfactual" if way == "parent" else way
         images, _, _ = self.synthesise(parents, np.tile(np.arange(groups), len(chosen)),
-                                       np.zeros(len(parents), int), start="counterfactual")
+                                       np.zeros(len(parents), int), start=way)
         return pictures.every_group(train, chosen, images)
 
     def unguided_beside_guided(self, made: Candidates):

@@ -478,6 +478,26 @@ def test_near_copies_of_training_images_are_never_written(experiment, monkeypatc
     assert not copies & {image.tobytes() for image in written}
 
 
+def test_a_recoloured_start_keeps_the_recoloured_image_where_little_noise_is_added(experiment):
+    e = experiment
+    e.unet, e.guide = e.new_unet(1), e.new_resnet(1, noise_levels=e.config.ddpm.T).eval()
+    e.students, parents = [], e.train.subset(np.arange(40))
+    targets, seeds = e.targets(parents, 0), np.arange(40)
+    given = loop.replace(e.config, guidance=loop.replace(e.config.guidance, strength=0.05, steps=1))
+    before, e.config = e.config, given
+    try:
+        made, plain = (e.synthesise(parents, targets, seeds, start=start, scales=(0, 0, 0))[0]
+                       for start in ("recoloured", "parent"))
+    finally:
+        e.config = before
+    wanted = loop.recoloured(e.train, parents, targets, 0)
+
+    def off(a, b):
+        return np.abs(a.astype(float) - b).mean()
+    assert off(parents.images, wanted) > 2 * off(made, wanted)
+    assert off(plain, parents.images) < off(made, parents.images)
+
+
 def test_the_batch_size_of_sampling_and_the_threads_change_last_digits_alone(experiment,
                                                                              monkeypatch):
     e, threads = experiment, torch.get_num_threads()
@@ -490,7 +510,7 @@ def test_the_batch_size_of_sampling_and_the_threads_change_last_digits_alone(exp
 
     def images():
         return np.stack([e.synthesise(parents, e.targets(parents, 0), np.arange(20), start=start)[0]
-                         for start in ("counterfactual", "noise")]).astype(int)
+                         for start in ("counterfactual", "recoloured", "noise")]).astype(int)
     whole = images()
     monkeypatch.setattr(loop, "CHUNK", 3)
     in_parts = images()
