@@ -150,17 +150,28 @@ class Experiment:
                 raise ConfigError(f"classifier.weights: {error}") from None
         return network.to(self.device)
 
-    def train_generator(self) -> None:
-        """The diffusion model and the guide, once, on the train split alone."""
-        c, k, x = self.config.ddpm, self.config.classifier, self.tensors["train"]
-        labels, groups = self.tensor(self.train.labels), self.tensor(self.train.groups)
-        weights = self.tensor(classifier.balanced_weights(self.train.labels))
+    def train_generator(self, images: ImageSet | None = None,
+                        told: np.ndarray | None = None) -> None:
+        """The diffusion model and the guide, once, on the train split alone.
+
+        images, told: (N,) bool, other images than those of `self.train`, and of which of them the
+        class is known. The model learns from the rest as well, the guide does not.
+        """
+        c, k = self.config.ddpm, self.config.classifier
+        images, x = ((self.train, self.tensors["train"]) if images is None else
+                     (images, self.tensor(images.images)))
+        told = np.ones(len(images), bool) if told is None else told
+        labels, groups = (self.tensor(a) for a in (np.where(told, images.labels, -1),
+                                                   images.groups))
+        weights = np.zeros(len(images))
+        weights[told] = classifier.balanced_weights(images.labels[told])
+        weights = self.tensor(weights)
         self.unet, joint = self.new_unet(self.seed("ddpm")), self.config.unet.joint_head
         self.guide = (class_n_diff.Head(self.unet) if joint else
                       self.new_resnet(self.seed("guide"), noise_levels=c.T))
         given = dict(steps=c.steps, batch=c.batch, lr=c.lr, ema_decay=c.ema, drop=c.drop,
                      prediction=c.prediction, seed=self.seed("ddpm"))
-        common = dict(bf16=self.bf16, names=self.train.sources)
+        common = dict(bf16=self.bf16, names=images.sources)
         if c.classifier_weight:
             networks = nn.ModuleDict({"unet": self.unet} if joint else
                                      {"unet": self.unet, "guide": self.guide})
@@ -774,7 +785,7 @@ class Experiment:
         self.picture("composition", lambda: pictures.composition(
             train, functools.reduce(ImageSet.extend, children)))
         closest = made.images[np.argsort(made.distance, kind="stable")[:16]]
-        self.picture("neighbours", lambda: pictures.neighbours(train, closest,
+        self.picture("neighbours", lambda: pictures.neighbours(self.splits["train"], closest,
                                                                *self.nearest(closest)))
         if "guided" in self.arms:
             real, guided = (evaluate.vote(predictions[f"test_probs_{a}"])

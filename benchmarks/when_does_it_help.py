@@ -1,17 +1,26 @@
-"""When does it help? Every arm at a growing number of real images, the generator trained on the
-same ones, and on the phantom what perfect generators would gain.
+"""When does it help? Every arm at a growing number of real images, or of labels among as many
+images as ever; the generator is trained on the same ones.
 
     python benchmarks/when_does_it_help.py                                  # about 70 minutes
+    python benchmarks/when_does_it_help.py --labels 50 100 200 400
     python benchmarks/when_does_it_help.py --config configs/ham10000_cpu.yaml --set data.root=PATH
 
-Writes runs/survey_NAME.md and .svg; one that was stopped goes on where it was. Perfect generators,
-held to the same count, weight, classes and skin types as arm `guided`:
+Writes runs/survey_NAME.md and .svg (survey_NAME_labels); one that was stopped goes on where it was.
+Perfect generators, held to the same count, weight, classes and skin types as arm `guided`:
 
     true_random, true_guided    the phantom's own picture of the parent on the other skin, for the
                                 parents of `random` and of `guided`
     fresh                       lesions nobody has seen: more data
+
+With few labels (1,600 images, data.train) arm `real` has the labels alone and every other arm the
+others as well, pseudo-labelled by students of the labels:
+
+    pseudo                      that, and nothing else
+    recolour_random             that, and the parents of `random` recoloured
+    all_labels                  every label, nothing else: what is there to gain
 """
 import argparse
+import functools
 import json
 import sys
 from dataclasses import replace
@@ -20,14 +29,22 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import classifier
 import config as configuration
 import data
+import evaluate
 import loop
 import plots
 from runfolder import RunFolder, new_folder, write_bytes
 
 PERFECT = ("true_random", "true_guided", "fresh")
-CHEAP = ("real", "replay", "recolour")
+METRIC = "balanced_accuracy"
+CHEAP = ("real", "balanced", "replay", "recolour", "pseudo", "recolour_random")
+
+SHOWN = ("replay", "recolour", "recolour_random", "pseudo", "random", "guided", "true_guided",
+         "fresh", "all_labels")
+# Chosen on val of another draw: half of a batch is added images, whatever the number of labels.
+FEW = ("data.train=1600", "loop.share=0.5", "guidance.start=recoloured")
 
 
 class Survey(loop.Experiment):
@@ -35,27 +52,32 @@ class Survey(loop.Experiment):
 
     size = 0
 
-    def prepare(self):
-        super().prepare()
-        if self.config.data.kind == "phantom":
-            return                  # there data.train is the size
-        # Whole lesions: twice as many of each class as there are folds, the others as they come.
-        lesions, first = np.unique(self.train.lesions, return_index=True)
+    def few(self, images, size):
+        """Whole lesions until there are `size` images: (N,) bool. Twice as many of each class as
+        there are folds, the others as they come."""
+        lesions, first, counts = np.unique(images.lesions, return_index=True, return_counts=True)
         order = np.random.default_rng(self.config.data.seed).permutation(len(lesions))
-        labels = self.train.labels[first][order]
+        labels = images.labels[first][order]
         rank = np.array([(labels[:i] == labels[i]).sum() for i in range(len(labels))])
         order = order[np.argsort(rank >= 2 * self.config.data.folds, kind="stable")]
-        images = np.bincount(np.unique(self.train.lesions, return_inverse=True)[1])
-        chosen = lesions[order[:np.searchsorted(images[order].cumsum(), self.size) + 1]]
-        few = self.train.subset(np.flatnonzero(np.isin(self.train.lesions, chosen)))
-        self.train = data.add_folds(few, self.config.data.folds, self.config.data.seed)
-        self.splits["train"], self.tensors["train"] = self.train, self.tensor(self.train.images)
+        chosen = lesions[order[:np.searchsorted(counts[order].cumsum(), size) + 1]]
+        return np.isin(images.lesions, chosen)
+
+    def learn_from(self, images):
+        self.train = data.add_folds(images, self.config.data.folds, self.config.data.seed)
+        self.tensors["train"] = self.tensor(self.train.images)
+
+    def prepare(self):
+        super().prepare()
+        if self.config.data.kind != "phantom":          # there data.train is the size
+            self.learn_from(self.train.subset(np.flatnonzero(self.few(self.train, self.size))))
+            self.splits["train"] = self.train
 
     def added_sets(self, rounds):
         added, c = super().added_sets(rounds), self.config.data
         if c.kind != "phantom":
             return added
-        row = {source: i for i, source in enumerate(self.train.sources)}
+        row = {source: i for i, source in enumerate(self.splits["train"].sources)}
         for arm in ("random", "guided"):
             parents = np.array([row[source] for source in added[arm].sources])
             added[f"true_{arm}"] = replace(added[arm], images=data.load_counterfactuals(
@@ -70,50 +92,132 @@ class Survey(loop.Experiment):
         return added
 
 
+class FewLabels(Survey):
+    """A run on `size` labels. The diffusion model learns from all images: of the others it is told
+    the class that the teachers, students of the labels, are sure of, and of the rest none."""
+
+    sure, weight = 0.8, 0.6         # least probability; pseudo-labels' weight beside the labels'
+
+    def prepare(self):
+        loop.Experiment.prepare(self)
+        loop.CHILDREN = 24              # few labels: few parents
+        known = self.few(self.train, self.size)
+        self.rest = self.train.subset(np.flatnonzero(~known))
+        self.learn_from(self.train.subset(np.flatnonzero(known)))
+
+    def train_generator(self):
+        self.choose_jitter()
+        weights = classifier.balanced_weights(self.train.labels)
+        teachers = [self.student(f"teacher_{s}", self.train, weights, self.seed("teacher", s),
+                                 self.jitter) for s in range(4)]
+        votes = np.mean([self.predict(teacher, self.rest.images) for teacher in teachers], 0)
+        sure, guessed = votes.max(1) > self.sure, replace(self.rest, labels=votes.argmax(1))
+        self.pseudo = guessed.subset(np.flatnonzero(sure))
+        right = guessed.labels == self.rest.labels
+        print(f"{len(self.train)} labels; of {len(right)} pseudo-labels {right.mean():.1%} are "
+              f"right, of the {sure.sum()} sure ones {right[sure].mean():.1%}", flush=True)
+        super().train_generator(self.train.extend(guessed),
+                                np.concatenate([np.ones(len(self.train), bool), sure]))
+
+    def train_judge(self):
+        super().train_judge()
+        images, weights = self.mixed(self.train, self.pseudo)       # a better one
+        self.judge = self.student("judge_pseudo", images, weights, self.seed("judge"), self.jitter)
+
+    def mixed(self, real, added, cells=None):
+        if added is None:
+            return super().mixed(real, None, cells)
+        if added is self.rest:
+            both = real.extend(added)
+            return both, classifier.balanced_weights(both.labels)
+        parts, share = [real, self.pseudo], self.config.loop.share * (added is not self.pseudo)
+        shares = [(1 - share) * (1 - self.weight), (1 - share) * self.weight]
+        if share:
+            parts, shares = [*parts, added], [*shares, share]
+        return functools.reduce(data.ImageSet.extend, parts), np.concatenate(
+            [of * classifier.balanced_weights(part.labels) for part, of in zip(parts, shares)])
+
+    def added_sets(self, rounds):
+        added = loop.Experiment.added_sets(self, rounds)
+        row = {source: i for i, source in enumerate(self.train.sources)}
+        parents = self.train.subset(np.array([row[source] for source in added["random"].sources]))
+        groups = added["random"].groups
+        added["recolour_random"] = replace(parents, groups=groups, images=loop.recoloured(
+            self.train, parents, groups, self.seed("recolour_random")))
+        self.arms = [*self.arms, "pseudo", "recolour_random", "all_labels"]
+        return {**added, "pseudo": self.pseudo, "all_labels": self.rest}
+
+
+def random_as_guided(folder: Path, results: dict) -> list[dict]:
+    """Arm random against the cheap controls, which a run compares with guided alone."""
+    with np.load(folder / "predictions.npz") as stored:
+        p = dict(stored)
+    p |= {f"{split}_probs_guided": p[f"{split}_probs_random"] for split in ("val", "test")}
+    p["arms"] = np.array(["guided", *(arm for arm in CHEAP if arm in results["arms"])])
+    p["optimistic"] = np.zeros(len(p["arms"]), bool)
+    c = results["config"]["evaluate"]
+    scored = evaluate.score(p, min_count=c["min_count"], draws=c["draws"])
+    return [row | {"arm": "random"} for row in scored["comparisons"] if row["arm"] == "guided"]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="config.yaml")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--sizes", type=int, nargs="+", default=[100, 200, 400, 800, 1600])
+    parser.add_argument("--labels", type=int, nargs="+", help="in place of sizes")
     arguments = parser.parse_args()
-    name, found = Path(arguments.config).stem, {}
-    for size in arguments.sizes:
+    name, found, few = Path(arguments.config).stem, {}, bool(arguments.labels)
+    name += "_labels" * few
+    for size in arguments.labels or arguments.sizes:
         folder = Path("runs") / f"survey_{name}_{size}"
         if not (folder / "results.json").exists():
-            c = configuration.load(arguments.config,
-                                   ["loop.arms=[all]", f"data.train={size}", *arguments.set])
+            c = configuration.load(arguments.config, [
+                "loop.arms=[all]", *([f"loop.added={800 / size}", *FEW] if few else
+                                     [f"data.train={size}"]), *arguments.set])
             if not folder.exists():
                 new_folder(folder.parent, folder.name)
-            survey = Survey(c, RunFolder(folder))
+            survey = (FewLabels if few else Survey)(c, RunFolder(folder))
             survey.size = size
             survey.go()
         found[size] = json.loads((folder / "results.json").read_text())
-    sizes, metric = list(found), "balanced_accuracy"
-    rows = {(r["arm"], r["against"], size): [100 * r[k] for k in ("difference", "low", "high")]
-            for size, results in found.items() for r in results["comparisons"]
-            if (r["subset"], r["metric"]) == ("all", metric) and r["difference"] is not None}
+        found[size]["comparisons"] += random_as_guided(folder, found[size])
+    sizes, cheap = list(found), [arm for arm in CHEAP if arm in found[size]["arms"]]
+    arms = list(found[sizes[-1]]["arms"])
 
-    def value(size, arm):
-        return 100 * found[size]["arms"][arm]["test"]["all"][metric]["value"]
-    table = ["| images | " + " | ".join(arms := list(found[sizes[-1]]["arms"])) + " |",
-             "| --- " * (len(arms) + 1) + "|"]
-    for size in sizes:
-        cells = [f"{value(size, arm):.1f}" + "" if arm == "real" else
-                 "{:+.1f} [{:+.1f}, {:+.1f}]".format(*rows[arm, "real", size]) for arm in arms]
-        table.append(f"| {size} | " + " | ".join(cells) + " |")
-    table.append("\nGuided over the best cheap control (real, replay, recolour) and over random:\n")
-    best = {size: max(CHEAP, key=lambda arm: value(size, arm)) for size in sizes}
-    for size in sizes:
-        table.append("- {}: over {} {:+.1f} [{:+.1f}, {:+.1f}]; over random {:+.1f} [{:+.1f}, "
-                     "{:+.1f}]".format(size, best[size], *rows["guided", best[size], size],
-                                       *rows["guided", "random", size]))
-    text = "\n".join(table) + "\n"
-    print(text)
-    write_bytes(Path("runs") / f"survey_{name}.md", text.encode())
-    drawn = plots.gains([(arm, [(size, *rows[arm, "real", size]) for size in sizes])
-                         for arm in arms if arm in ("replay", "recolour", "random", "guided",
-                                                    "true_guided", "fresh")],
-                        "Gain over real", "real training images", "points of balanced accuracy")
+    def values(subset):
+        return {(arm, size): 100 * (found[size]["arms"][arm]["test"][subset][METRIC]["value"] or 0)
+                for size in sizes for arm in arms}
+
+    def rows(subset):
+        return {(r["arm"], r["against"], size): [100 * r[k] for k in ("difference", "low", "high")]
+                for size, results in found.items() for r in results["comparisons"]
+                if (r["subset"], r["metric"]) == (subset, METRIC) and r["difference"] is not None}
+
+    def told(row):
+        return "n too small" if row is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*row)
+    what = "labels" if few else "images"
+    text = []
+    for subset in ("all", "worst_group"):
+        value, difference = values(subset), rows(subset)
+        text += [f"Balanced accuracy of `real` and gains over it, {subset.replace('_', ' ')}:\n",
+                 f"| {what} | " + " | ".join(arms) + " |", "| --- " * (len(arms) + 1) + "|"]
+        for size in sizes:
+            cells = [f"{value[arm, size]:.1f}" if arm == "real" else
+                     told(difference.get((arm, "real", size))) for arm in arms]
+            text.append(f"| {size} | " + " | ".join(cells) + " |")
+        text.append("\nOver the best cheap control of each size:\n")
+        for size in sizes:
+            best = max(cheap, key=lambda arm: value[arm, size])
+            text += [f"- {size}: {arm} over {against}: {told(difference.get((arm, against, size)))}"
+                     for arm, against in (("guided", best), ("random", best), ("guided", "random"))]
+        text.append("")
+    print("\n".join(text))
+    write_bytes(Path("runs") / f"survey_{name}.md", "\n".join(text).encode())
+    difference = rows("all")
+    drawn = plots.gains([(arm, [(size, *difference[arm, "real", size]) for size in sizes])
+                         for arm in arms if arm in SHOWN], "Gain over real",
+                        "labels" if few else "real training images", "points of balanced accuracy")
     write_bytes(Path("runs") / f"survey_{name}.svg", plots.standalone(drawn).encode())
 
 
