@@ -94,7 +94,6 @@ class Guidance:
     classifier_free: float = within(0, 20)
     class_scale: float = within(0, 10)
     hardness_scale: float = within(0, 10)
-    likeness_scale: float = within(0, 10)
 
 
 @dataclass(frozen=True)

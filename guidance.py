@@ -53,19 +53,6 @@ def hardness(students: Sequence[nn.Module], y: Tensor, cap: float = 0.69) -> Obj
     return objective
 
 
-def likeness(features: Callable[[Tensor], Tensor], wanted: Tensor) -> Objective:
-    """Minus the mean squared distance of the clean estimate's features to the parent's.
-
-    features: of images, best a network's own method; wanted: the parent's, (B, D).
-    """
-    if isinstance(getattr(features, "__self__", None), nn.Module):
-        frozen(features.__self__)
-
-    def objective(x_t, t, x0_hat):
-        return -(features(x0_hat) - wanted).square().mean(1)
-    return objective
-
-
 def gradient(objective: Objective, schedule: Schedule, x_t: Tensor, t: Tensor,
              eps: Tensor) -> Tensor:
     """d objective / d x_t, one image at a time, like x_t.

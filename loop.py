@@ -360,7 +360,7 @@ class Experiment:
         return other + (known & (other >= parents.groups))
 
     def synthesise(self, parents: ImageSet, targets: np.ndarray, seeds: np.ndarray, *,
-                   start: str | None = None, scales: tuple[float, float, float] | None = None,
+                   start: str | None = None, scales: tuple[float, float] | None = None,
                    progress=lambda done, total: None) -> tuple[np.ndarray, np.ndarray, int]:
         """One image per parent: uint8 (N, 3, H, W), which of them came out finite, and how many
         gradients did not.
@@ -368,13 +368,13 @@ class Experiment:
         start: "counterfactual" (invert, decode under the target group), "recoloured" (what arm
         recolour makes of it, noised), "parent" (its noised image) or "noise"; without groups a
         counterfactual is the image itself, so it becomes "parent".
-        scales: of class evidence, hardness and likeness; None: the config's.
+        scales: of class evidence and hardness; None: the config's.
         """
         c = self.config.guidance
         start = start or c.start
         if start == "counterfactual" and not self.train.group_names:
             start = "parent"
-        scales = scales or (c.class_scale, c.hardness_scale, c.likeness_scale)
+        scales = scales or (c.class_scale, c.hardness_scale)
         if start == "recoloured":       # colour by arithmetic, the rest by the model
             parents = replace(parents, images=recoloured(self.train, parents, targets,
                                                          self.seed("recoloured")))
@@ -387,9 +387,6 @@ class Experiment:
             noise = ddpm.Noise(list(seeds[part]), self.device)
             terms = [(scales[0], guidance.class_evidence(self.guide, y)),
                      (scales[1], guidance.hardness(self.students, y))]
-            if scales[2]:
-                terms.append((scales[2], guidance.likeness(
-                    self.students[0].features, self.features(self.students[0], x0))))
 
             def model(group, scale=1.0):
                 return ddpm.eps_model(self.unet, self.schedule, y, group, scale=scale,
@@ -414,15 +411,11 @@ class Experiment:
         """
         some, spent = slice(CHUNK), {}
         parents = self.train.subset(made.parents[some])
-        for way, how in (("plain", {"start": "noise", "scales": (0, 0, 0)}), ("guided", {})):
+        for way, how in (("plain", {"start": "noise", "scales": (0, 0)}), ("guided", {})):
             begun = time.monotonic()
             self.synthesise(parents, made.targets[some], made.seeds[some], **how)
             spent[way] = 1000 * (time.monotonic() - begun) / len(parents)
         self.run.log("cost", **spent)
-
-    @torch.no_grad()
-    def features(self, network: classifier.ResNet, x: Tensor) -> Tensor:
-        return network.features(x)
 
     def candidates(self, name: str, arm: str, source: ImageSet, seed: int,
                    choose) -> Candidates:
@@ -442,12 +435,11 @@ class Experiment:
             elif arm == "recolour":
                 images = recoloured(self.train, parents, targets, seed)
             else:
-                # hardness guidance is mining too, and pure noise has no parent to be like
-                scales = (g.class_scale, g.hardness_scale if arm == "guided" else 0.0,
-                          g.likeness_scale if arm != "noise" else 0.0)
                 images, finite, dropped = self.synthesise(
                     parents, targets, seeds, start="noise" if arm == "noise" else None,
-                    scales=scales, progress=progress)
+                    # hardness guidance is mining too
+                    scales=(g.class_scale, g.hardness_scale if arm == "guided" else 0.0),
+                    progress=progress)
             probs = self.predict(self.judge, images)
             distance = self.nearest(images)[0]
             if arm == "external":       # who made these may have seen our val and test images
@@ -811,7 +803,7 @@ class Experiment:
     def unguided_beside_guided(self, made: Candidates):
         """The same eight parents and streams without guidance, with it, and with three times it."""
         c, few = self.config.guidance, slice(8)
-        scales = np.array([c.class_scale, c.hardness_scale, c.likeness_scale])
+        scales = np.array([c.class_scale, c.hardness_scale])
         parents = self.train.subset(made.parents[few])
         versions = [self.synthesise(parents, made.targets[few], made.seeds[few],
                                     scales=tuple(k * scales))[0] for k in (0, 1, 3)]

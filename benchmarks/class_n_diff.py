@@ -89,7 +89,7 @@ def generate(trained: dict[str, loop.Experiment]) -> dict[str, data.ImageSet]:
     for name, (kind, guided) in SAMPLED.items():
         images, _, _ = trained[kind].synthesise(
             asked, asked.groups, seeds, start="noise",
-            scales=(c.guidance.class_scale * guided, 0.0, 0.0))
+            scales=(c.guidance.class_scale * guided, 0.0))
         made[name] = replace(asked, images=images)
     return made
 

@@ -137,7 +137,7 @@ def test_folders_without_groups_all_arms_two_rounds_and_the_leak_shown(tmp_path)
         f"data: {{kind: folder, root: {tmp_path / 'photos'}, malignant: [mel, bcc], "
         "val_fraction: 0.2}\n"
         "ddpm: {steps: 40}\nclassifier: {steps: 30, guide_steps: 20, jitter: [0.1, 0.5]}\n"
-        "guidance: {start: parent, hardness_scale: 0.1, likeness_scale: 0.1, "
+        "guidance: {start: parent, hardness_scale: 0.1, "
         "classifier_free: 1.5, targets: both}\n"
         "loop: {rounds: 2, seeds: 1, arms: [all], mine_from: test, surplus: 4.0, added: 0.2}\n")
     folder = go(tmp_path, ["--config", "tiny.yaml"])
@@ -486,7 +486,7 @@ def test_a_recoloured_start_keeps_the_recoloured_image_where_little_noise_is_add
     given = loop.replace(e.config, guidance=loop.replace(e.config.guidance, strength=0.05, steps=1))
     before, e.config = e.config, given
     try:
-        made, plain = (e.synthesise(parents, targets, seeds, start=start, scales=(0, 0, 0))[0]
+        made, plain = (e.synthesise(parents, targets, seeds, start=start, scales=(0, 0))[0]
                        for start in ("recoloured", "parent"))
     finally:
         e.config = before
