@@ -12,7 +12,8 @@ from pathlib import Path
 
 import yaml
 
-ARMS = ("real", "balanced", "replay", "recolour", "noise", "external", "random", "guided")
+ARMS = ("real", "balanced", "pseudo", "replay", "recolour", "noise", "external", "random",
+        "guided")
 
 
 class ConfigError(ValueError):
@@ -39,6 +40,7 @@ class Data:
     val_fraction: float = within(0.01, 0.5)
     test_fraction: float = within(0.01, 0.5)
     split_by: str = within(choices=("lesion", "image"))
+    labelled: float = within(0.001, 1)
     malignant: list[str]
     image_column: str
     label_column: str
@@ -306,6 +308,9 @@ def check_together(c: Config) -> None:
         raise ConfigError("guidance.external: arm 'external' needs the folder or csv of its images")
     if bool(c.guidance.external) > bool({"external", "all"} & set(c.loop.arms)):
         raise ConfigError("guidance.external: add 'external' to loop.arms, the arm of these images")
+    if "pseudo" in c.loop.arms and c.data.labelled == 1:
+        raise ConfigError("loop.arms: 'pseudo' needs images whose class is not told: write "
+                          "data.labelled below 1, or leave it out")
     if c.loop.mine_from == "test" and "guided" not in c.loop.arms and "all" not in c.loop.arms:
         raise ConfigError("loop.mine_from: 'test' is shown beside the clean loop: add 'guided' to "
                           "loop.arms")

@@ -163,10 +163,11 @@ class ImageSet:
 # ---------------------------------------------------------------------------- loaders
 
 def load(kind: str, *, root, size: int, seed: int, train: int, val: int, test: int,
-         val_fraction: float, test_fraction: float, split_by: str, malignant, folds: int,
-         image_column: str, label_column: str, lesion_column: str, group: str, skip_bad: bool,
-         cache=None, progress=None) -> dict[str, ImageSet]:
-    """The splits train (with `folds` folds), val and test of one data set.
+         val_fraction: float, test_fraction: float, split_by: str, labelled: float, malignant,
+         folds: int, image_column: str, label_column: str, lesion_column: str, group: str,
+         skip_bad: bool, cache=None, progress=None) -> dict[str, ImageSet]:
+    """The splits train (with `folds` folds), val and test of one data set; with labelled < 1 also
+    "unlabelled", the train images whose class nobody is to be told (`few_labels`).
 
     The arguments are the config's section `data`, explained in config.yaml:
     load(**vars(config.data)). cache, progress: see `decode_all`. split_by: "lesion", or "image",
@@ -186,6 +187,8 @@ def load(kind: str, *, root, size: int, seed: int, train: int, val: int, test: i
         for name, part in splits.items():
             lesions = np.array([lesion_of[source] for source in part.sources.tolist()])
             splits[name] = replace(part, lesions=lesions)
+    if labelled < 1:
+        splits |= few_labels(splits["train"], labelled, folds, seed)
     return splits | {"train": add_folds(splits["train"], folds, seed)}
 
 
@@ -472,6 +475,17 @@ def split_lesions(image_set: ImageSet, val_fraction: float, test_fraction: float
         side[members] = np.repeat([1, 2, 0], [val, test, len(members) - val - test])
     return {name: image_set.subset(side[lesion] == i)
             for i, name in enumerate(SPLITS)}
+
+
+def few_labels(train: ImageSet, share: float, folds: int, seed: int) -> dict[str, ImageSet]:
+    """Train in two parts, by lesion and alike for every class: `share` of the lesions, at least
+    `folds` of a class, stay "train", the others are "unlabelled"; they keep their labels for those
+    who wish to count how many were guessed right."""
+    lesion, by_class = _lesions_by_class(train, seed, purpose=2)
+    kept = np.concatenate([members[:max(folds, round(share * len(members)))]
+                           for members in by_class])
+    known = np.isin(lesion, kept)
+    return {"train": train.subset(known), "unlabelled": train.subset(~known)}
 
 
 def own_splits(image_set: ImageSet, sides: np.ndarray) -> dict[str, ImageSet]:

@@ -48,6 +48,8 @@ from training import Streamed, seeded, to_float, to_uint8
 from unet import UNet
 
 CHILDREN = 5        # at most of one parent: on the phantom, one for every other skin type
+TEACHERS, SURE = 4, 0.8     # students that vote on an unlabelled image's class; how sure they must be
+GUESSED = 0.6       # weight of the images whose class is such a guess, beside those with a label
 CHUNK = 128         # images synthesised together: bounds memory; streams are per image (ddpm.Noise)
 
 
@@ -84,9 +86,10 @@ class Experiment:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"       # wanted by the next line
             torch.use_deterministic_algorithms(True)
         self.arms = [a for a in ARMS if a in config.loop.arms or "all" in config.loop.arms
-                     and (a != "external" or config.guidance.external)]
+                     and (a != "external" or config.guidance.external)
+                     and (a != "pseudo" or config.data.labelled < 1)]
         # replay and recolour too: they hold the parents of what was generated
-        self.generates = bool(set(self.arms) - {"real", "balanced", "external"})
+        self.generates = bool(set(self.arms) - {"real", "balanced", "pseudo", "external"})
 
     # ---- data ------------------------------------------------------------------------------------
 
@@ -98,7 +101,11 @@ class Experiment:
         cache = self.run.folder.parent / "cache" / f"{c.kind}_{c.size}"
         self.splits = data.load(**vars(c), cache=cache, progress=progress)
         progress.end()
-        self.train = self.splits["train"]
+        self.train = self.labelled = self.splits["train"]
+        self.unsure = None              # what only the diffusion model learns from
+        self.seen = self.train          # whatever anything learns from
+        if "unlabelled" in self.splits:
+            self.seen = self.train.extend(self.splits["unlabelled"])
         used = dict(self.splits)
         if "external" in self.arms:
             self.external = external.load_made(self.config.guidance.external, self.train, c.size)
@@ -150,22 +157,17 @@ class Experiment:
                 raise ConfigError(f"classifier.weights: {error}") from None
         return network.to(self.device)
 
-    def train_generator(self, images: ImageSet | None = None,
-                        told: np.ndarray | None = None) -> None:
-        """The diffusion model and the guide, once, on the train split alone.
-
-        images, told: (N,) bool, other images than those of `self.train`, and of which of them the
-        class is known. The model learns from the rest as well, the guide does not.
-        """
-        c, k = self.config.ddpm, self.config.classifier
-        images, x = ((self.train, self.tensors["train"]) if images is None else
-                     (images, self.tensor(images.images)))
-        told = np.ones(len(images), bool) if told is None else told
-        labels, groups = (self.tensor(a) for a in (np.where(told, images.labels, -1),
-                                                   images.groups))
-        weights = np.zeros(len(images))
-        weights[told] = classifier.balanced_weights(images.labels[told])
-        weights = self.tensor(weights)
+    def train_generator(self) -> None:
+        """The diffusion model and the guide, once, on the train split alone; the model also on the
+        images whose class nobody is sure of, without a class."""
+        c, k, images = self.config.ddpm, self.config.classifier, self.train
+        labels, weights = images.labels, self.mixed(images, None)[1]
+        if self.unsure is not None:
+            images, nobody = images.extend(self.unsure), np.zeros(len(self.unsure))
+            labels = np.concatenate([labels, np.full(len(self.unsure), -1)])
+            weights = np.concatenate([weights, nobody])
+        x, labels, groups, weights = (self.tensor(a) for a in (images.images, labels,
+                                                               images.groups, weights))
         self.unet, joint = self.new_unet(self.seed("ddpm")), self.config.unet.joint_head
         self.guide = (class_n_diff.Head(self.unet) if joint else
                       self.new_resnet(self.seed("guide"), noise_levels=c.T))
@@ -224,19 +226,39 @@ class Experiment:
         return balanced_accuracy(self.predict(student, self.tensors["val"]),
                                  self.splits["val"].labels)
 
+    def label_the_rest(self) -> None:
+        """Pseudo-labels: students of the labels vote on the lesions without one. Those that they
+        are sure of join the train set (`mixed` knows them), the others stay `unsure`."""
+        rest, weights = self.splits["unlabelled"], classifier.balanced_weights(self.train.labels)
+        teachers = [self.student(f"teacher_{s}", self.train, weights, self.seed("teacher", s),
+                                 self.jitter) for s in range(TEACHERS)]
+        votes = np.mean([self.predict(teacher, rest.images) for teacher in teachers], axis=0)
+        lesion = np.unique(rest.lesions, return_inverse=True)[1]
+        votes = np.stack([np.bincount(lesion, of) / np.bincount(lesion) for of in votes.T],
+                         axis=1)[lesion]                # every lesion has one class
+        guessed = replace(rest, labels=votes.argmax(1), folds=lesion % self.config.data.folds)
+        sure, right = votes.max(1) > SURE, guessed.labels == rest.labels
+        self.pseudo = {"labels": len(self.train), "pseudo_labels": int(sure.sum()),
+                       "right": float(right[sure].mean()) if sure.any() else None,
+                       "unsure": int((~sure).sum())}
+        print(json.dumps(self.pseudo), flush=True)
+        self.train, self.unsure = self.train.extend(guessed.subset(sure)), guessed.subset(~sure)
+
     def train_judge(self) -> None:
         """The filter's judge: its own seed, and it never guides, mines or is scored."""
-        weights = classifier.balanced_weights(self.train.labels)
-        self.judge = self.student("judge", self.train, weights, self.seed("judge"), self.jitter)
+        self.judge = self.student("judge", *self.mixed(self.train, None), self.seed("judge"),
+                                  self.jitter)
         # A near-copy lies closer to a training image than nearly every unseen real image does.
         self.copy_distance = float(np.quantile(self.nearest(self.splits["val"].images)[0], 0.01))
 
-    def nearest(self, images: np.ndarray, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
-        """Each image's distance to the nearest image of a split, in any of the 8 ways to turn or
-        mirror it (the generator learns from all of them), in grey levels; and which that is."""
-        small, found = thumbnails(images), []
-        for first in range(0, len(self.splits[split]), 10_000):     # a block at a time: memory
-            known = thumbnails(self.splits[split].images[first:first + 10_000])
+    def nearest(self, images: np.ndarray,
+                among: ImageSet | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Each image's distance to the nearest one `among` (what anything learns from), in any of
+        the 8 ways to turn or mirror it (the generator learns from all of them), in grey levels; and
+        which that is."""
+        small, found, among = thumbnails(images), [], among or self.seen
+        for first in range(0, len(among), 10_000):                  # a block at a time: memory
+            known = thumbnails(among.images[first:first + 10_000])
             for turned in (small, small.transpose(0, 1, 3, 2)):
                 for rows in (1, -1):
                     for columns in (1, -1):
@@ -254,7 +276,7 @@ class Experiment:
         parent's fold, so `folds != k` keeps parent and child on the same side."""
         students = []
         for k in range(self.config.data.folds):
-            real = self.train.subset(self.train.folds != k)
+            real = self.labelled.subset(self.labelled.folds != k)
             added = None if synthetic is None else synthetic.subset(synthetic.folds != k)
             images, weights = self.mixed(real, added)
             students.append(self.student(f"crossfit_{number}_{k}", images, weights,
@@ -264,13 +286,25 @@ class Experiment:
     def mixed(self, real: ImageSet, added: ImageSet | None,
               cells: np.ndarray | None = None) -> tuple[ImageSet, np.ndarray]:
         """Real images with `added` ones and how often each is drawn: `loop.share` of a batch is
-        added images, the rest real; classes even in both."""
-        weights = classifier.balanced_weights(real.labels, cells)
+        added images, the rest real, GUESSED of it those without a label; classes even in each."""
+        weights, guessed = classifier.balanced_weights(real.labels, cells), self.guessed(real)
+        for part, share in ((guessed, GUESSED), (~guessed, 1 - GUESSED)) if guessed.any() else ():
+            weights[part] = share * classifier.balanced_weights(real.labels[part])
         if added is None or len(added) == 0:
             return real, weights
         share = self.config.loop.share
         return real.extend(added), np.concatenate(
             [(1 - share) * weights, share * classifier.balanced_weights(added.labels)])
+
+    def guessed(self, images: ImageSet) -> np.ndarray:
+        """Which images carry no label but a guess: (N,) bool."""
+        return np.isin(images.sources, self.splits["unlabelled"].sources
+                       if "unlabelled" in self.splits else [])
+
+    def margins(self, probs: np.ndarray, images: ImageSet) -> np.ndarray:
+        """As the function of that name; but a guess is never hard: what contradicts it may be
+        right."""
+        return np.where(self.guessed(images), 1.0, margins(probs, images.labels))
 
     def out_of_fold(self, students: list[classifier.ResNet], images: np.ndarray,
                     folds: np.ndarray) -> np.ndarray:
@@ -288,7 +322,7 @@ class Experiment:
         as one with many; within a cell all are taken before any again, none more than CHILDREN
         times. Fewer than `count` are returned where that is not enough.
         """
-        pool = np.flatnonzero(margins(probs, images.labels) < self.config.loop.margin)
+        pool = np.flatnonzero(self.margins(probs, images) < self.config.loop.margin)
         if len(pool) == 0:
             raise DataError("no hard case was found: the students are right about every image; "
                             "raise loop.margin or give them less to learn from")
@@ -342,9 +376,10 @@ class Experiment:
         """For every hard parent a random one: the same class and skin type, repeated as often.
 
         Each distinct parent is exchanged for another image of its cell, so that arm `random`
-        differs from `guided` in nothing but the mining.
+        differs from `guided` in nothing but the mining; guesses for guesses, labels for labels.
         """
-        rng, cells, swap = np.random.default_rng(seed), self.cells(self.train), {}
+        rng, swap = np.random.default_rng(seed), {}
+        cells = 2 * self.cells(self.train) + self.guessed(self.train)
         for cell in np.unique(cells[chosen]):
             distinct = np.unique(chosen[cells[chosen] == cell])
             swap |= zip(distinct, rng.choice(np.flatnonzero(cells == cell), len(distinct), False))
@@ -443,7 +478,7 @@ class Experiment:
             probs = self.predict(self.judge, images)
             distance = self.nearest(images)[0]
             if arm == "external":       # who made these may have seen our val and test images
-                distance = np.min([distance, *(self.nearest(images, split)[0]
+                distance = np.min([distance, *(self.nearest(images, self.splits[split])[0]
                                                for split in ("val", "test"))], axis=0)
             fate = np.zeros(len(parents), np.int64)
             if arm not in ("replay", "recolour"):
@@ -484,7 +519,7 @@ class Experiment:
             f"guided_{number}", "guided", self.train, self.seed("synthesis", number),
             lambda: self.choose(number, probs, synthetic, round(wanted * self.config.loop.surplus)))
         index = np.flatnonzero(made.fate == 0)[:wanted]
-        margin = margins(probs, self.train.labels)
+        margin = self.margins(probs, self.train)
         votes = self.out_of_fold(self.students, made.images, self.train.folds[made.parents])
         wrong = margins(votes, self.train.labels[made.parents]) < 0
         entry = {"round": number, "hard": int((margin < self.config.loop.margin).sum()),
@@ -586,10 +621,11 @@ class Experiment:
     def run_arms(self, added: dict[str, ImageSet]) -> dict[str, np.ndarray]:
         """Train every arm's students from the same starts; their probabilities on val and test."""
         arms = self.arms + (["leaked"] if "leaked" in added else [])
-        cells = self.train.groups if self.train.group_names else None
+        cells = self.labelled.groups if self.train.group_names else None
         found = {f"{split}_probs_{arm}": [] for arm in arms for split in ("val", "test")}
         for arm in arms:
-            images, weights = self.mixed(self.train, added.get(arm),
+            plain = arm in ("real", "balanced")         # the labels alone
+            images, weights = self.mixed(self.labelled if plain else self.train, added.get(arm),
                                          cells if arm == "balanced" else None)
             for s in range(self.config.loop.seeds):
                 student = self.student(f"student_{arm}_{s}", images, weights,
@@ -621,9 +657,11 @@ class Experiment:
         self.prepare()
         print(f"this will take about {clock(self.estimate())} on this machine", flush=True)
         self.picture("data", lambda: pictures.by_class_and_group(self.train))
+        self.choose_jitter()
+        if "unlabelled" in self.splits:
+            self.label_the_rest()
         if self.generates:
             self.train_generator()
-        self.choose_jitter()
         self.train_judge()
         rounds, synthetic = [], None
         if not self.generates:
@@ -654,7 +692,7 @@ class Experiment:
         """
         c, phantom_data = self.config, self.config.data.kind == "phantom"
         source = data.load_oracle(c.data.size, c.data.seed, c.evaluate.oracle) if phantom_data \
-            else self.train
+            else self.labelled
         critic = self.student("critic", source, classifier.balanced_weights(source.labels),
                               self.seed("critic"), self.jitter)
         sets = {arm: s for arm, s in added.items()
@@ -706,7 +744,8 @@ class Experiment:
             return {"n": len(images), "grey_levels": float(np.median(np.sqrt(apart)))}
 
         def truth(of, shot=0):
-            return data.load_counterfactuals(c.size, c.seed, c.train, of.parents, of.targets,
+            drawn = [int(source.rsplit("-", 1)[-1]) for source in self.train.sources[of.parents]]
+            return data.load_counterfactuals(c.size, c.seed, c.train, np.array(drawn), of.targets,
                                              shot=shot)
         found = {arm: off(of.images, truth(of)) for arm, of in self.made.items()
                  if arm in ("guided", "random", "recolour")}
@@ -729,6 +768,7 @@ class Experiment:
                    **evaluate.score(predictions, min_count=c.evaluate.min_count,
                                     draws=c.evaluate.draws),
                    "rounds": [r["entry"] for r in rounds], "generator": quality,
+                   "pseudo": self.pseudo if self.unsure is not None else {},
                    "counterfactuals": self.beside_the_truth(),
                    "filter": {arm: {"candidates": len(made.fate)} | {
                        fate: int((made.fate == i).sum()) for i, fate in enumerate(FATES)}
@@ -764,7 +804,7 @@ class Experiment:
     def draw(self, rounds: list[dict], predictions: dict) -> None:
         """The pictures of the report, apart from data.png."""
         train = self.train
-        margin = margins(self.first_probs, train.labels)
+        margin = self.margins(self.first_probs, train)
         self.picture("hard", lambda: pictures.hard_cases(train, self.first_probs, margin))
         if not rounds:
             return
@@ -777,7 +817,7 @@ class Experiment:
         self.picture("composition", lambda: pictures.composition(
             train, functools.reduce(ImageSet.extend, children)))
         closest = made.images[np.argsort(made.distance, kind="stable")[:16]]
-        self.picture("neighbours", lambda: pictures.neighbours(self.splits["train"], closest,
+        self.picture("neighbours", lambda: pictures.neighbours(self.seen, closest,
                                                                *self.nearest(closest)))
         if "guided" in self.arms:
             real, guided = (evaluate.vote(predictions[f"test_probs_{a}"])
@@ -832,7 +872,8 @@ class Experiment:
         model = ddpm.eps_model(unet, self.schedule, some * 0, some * 0 - 1, bf16=self.bf16)
         looking = seconds(lambda n: [model(to_float(x[some]), some) for _ in range(n)]) / len(some)
         trained = (len(c.classifier.jitter) * (len(c.classifier.jitter) > 1) + 2
-                   + c.data.folds * c.loop.rounds + len(self.arms) * c.loop.seeds)
+                   + c.data.folds * c.loop.rounds + len(self.arms) * c.loop.seeds
+                   + TEACHERS * (c.data.labelled < 1))
         generating = sum(a in ("noise", "random") for a in self.arms) + c.loop.rounds
         images = generating * c.loop.added * c.loop.surplus * len(self.train)
         guided = c.ddpm.steps if c.ddpm.classifier_weight else c.classifier.guide_steps

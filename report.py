@@ -88,6 +88,7 @@ def write(folder: Path) -> None:
         *section("The generator", *explained(results, "generator"),
                  *explained(results, "counterfactuals")),
         *section("Splits", *(("p", f"{note}.") for note in results.get("notes") or ()),
+                 sheet(results, {"few labels": results.get("pseudo") or {}}),
                  sheet(results, results.get("splits") or {})),
         *section("Settings", ("code", as_yaml(private(results.get("config") or {})))),
         *section("Versions and hardware", sheet(results, {"value": known})),

@@ -2,7 +2,7 @@
 images as ever; the generator is trained on the same ones.
 
     python benchmarks/when_does_it_help.py                                  # about 70 minutes
-    python benchmarks/when_does_it_help.py --labels 50 100 200 400
+    python benchmarks/when_does_it_help.py --config configs/few_labels.yaml --labels 50 100 200 400
     python benchmarks/when_does_it_help.py --config configs/ham10000_cpu.yaml --set data.root=PATH
 
 Writes runs/survey_NAME.md and .svg (survey_NAME_labels); one that was stopped goes on where it was.
@@ -12,15 +12,9 @@ Perfect generators, held to the same count, weight, classes and skin types as ar
                                 parents of `random` and of `guided`
     fresh                       lesions nobody has seen: more data
 
-With few labels (1,600 images, data.train) arm `real` has the labels alone and every other arm the
-others as well, pseudo-labelled by students of the labels:
-
-    pseudo                      that, and nothing else
-    recolour_random             that, and the parents of `random` recoloured
-    all_labels                  every label, nothing else: what is there to gain
+With few labels (of 1,600 images) `all_labels` is `real` with every label: what there is to gain.
 """
 import argparse
-import functools
 import json
 import sys
 from dataclasses import replace
@@ -39,12 +33,10 @@ from runfolder import RunFolder, new_folder, write_bytes
 
 PERFECT = ("true_random", "true_guided", "fresh")
 METRIC = "balanced_accuracy"
-CHEAP = ("real", "balanced", "replay", "recolour", "pseudo", "recolour_random")
+CHEAP = ("real", "balanced", "pseudo", "replay", "recolour")
 
-SHOWN = ("replay", "recolour", "recolour_random", "pseudo", "random", "guided", "true_guided",
-         "fresh", "all_labels")
-# Chosen on val of another draw: half of a batch is added images, whatever the number of labels.
-FEW = ("data.train=1600", "loop.share=0.5", "guidance.start=recoloured")
+SHOWN = ("replay", "recolour", "pseudo", "random", "guided", "true_guided", "fresh", "all_labels")
+FEW = 1600          # images, of which some have a label
 
 
 class Survey(loop.Experiment):
@@ -52,26 +44,22 @@ class Survey(loop.Experiment):
 
     size = 0
 
-    def few(self, images, size):
-        """Whole lesions until there are `size` images: (N,) bool. Twice as many of each class as
-        there are folds, the others as they come."""
-        lesions, first, counts = np.unique(images.lesions, return_index=True, return_counts=True)
-        order = np.random.default_rng(self.config.data.seed).permutation(len(lesions))
-        labels = images.labels[first][order]
-        rank = np.array([(labels[:i] == labels[i]).sum() for i in range(len(labels))])
-        order = order[np.argsort(rank >= 2 * self.config.data.folds, kind="stable")]
-        chosen = lesions[order[:np.searchsorted(counts[order].cumsum(), size) + 1]]
-        return np.isin(images.lesions, chosen)
-
-    def learn_from(self, images):
-        self.train = data.add_folds(images, self.config.data.folds, self.config.data.seed)
-        self.tensors["train"] = self.tensor(self.train.images)
-
     def prepare(self):
         super().prepare()
-        if self.config.data.kind != "phantom":          # there data.train is the size
-            self.learn_from(self.train.subset(np.flatnonzero(self.few(self.train, self.size))))
-            self.splits["train"] = self.train
+        if self.config.data.kind == "phantom":
+            return                  # there data.train is the size
+        # Whole lesions: twice as many of each class as there are folds, the others as they come.
+        lesions, first = np.unique(self.train.lesions, return_index=True)
+        order = np.random.default_rng(self.config.data.seed).permutation(len(lesions))
+        labels = self.train.labels[first][order]
+        rank = np.array([(labels[:i] == labels[i]).sum() for i in range(len(labels))])
+        order = order[np.argsort(rank >= 2 * self.config.data.folds, kind="stable")]
+        images = np.bincount(np.unique(self.train.lesions, return_inverse=True)[1])
+        chosen = lesions[order[:np.searchsorted(images[order].cumsum(), self.size) + 1]]
+        few = self.train.subset(np.flatnonzero(np.isin(self.train.lesions, chosen)))
+        few = data.add_folds(few, self.config.data.folds, self.config.data.seed)
+        self.train = self.labelled = self.seen = self.splits["train"] = few
+        self.tensors["train"] = self.tensor(few.images)
 
     def added_sets(self, rounds):
         added, c = super().added_sets(rounds), self.config.data
@@ -92,60 +80,18 @@ class Survey(loop.Experiment):
         return added
 
 
-class FewLabels(Survey):
-    """A run on `size` labels. The diffusion model learns from all images: of the others it is told
-    the class that the teachers, students of the labels, are sure of, and of the rest none."""
-
-    sure, weight = 0.8, 0.6         # least probability; pseudo-labels' weight beside the labels'
-
-    def prepare(self):
-        loop.Experiment.prepare(self)
-        loop.CHILDREN = 24              # few labels: few parents
-        known = self.few(self.train, self.size)
-        self.rest = self.train.subset(np.flatnonzero(~known))
-        self.learn_from(self.train.subset(np.flatnonzero(known)))
-
-    def train_generator(self):
-        self.choose_jitter()
-        weights = classifier.balanced_weights(self.train.labels)
-        teachers = [self.student(f"teacher_{s}", self.train, weights, self.seed("teacher", s),
-                                 self.jitter) for s in range(4)]
-        votes = np.mean([self.predict(teacher, self.rest.images) for teacher in teachers], 0)
-        sure, guessed = votes.max(1) > self.sure, replace(self.rest, labels=votes.argmax(1))
-        self.pseudo = guessed.subset(np.flatnonzero(sure))
-        right = guessed.labels == self.rest.labels
-        print(f"{len(self.train)} labels; of {len(right)} pseudo-labels {right.mean():.1%} are "
-              f"right, of the {sure.sum()} sure ones {right[sure].mean():.1%}", flush=True)
-        super().train_generator(self.train.extend(guessed),
-                                np.concatenate([np.ones(len(self.train), bool), sure]))
-
-    def train_judge(self):
-        super().train_judge()
-        images, weights = self.mixed(self.train, self.pseudo)       # a better one
-        self.judge = self.student("judge_pseudo", images, weights, self.seed("judge"), self.jitter)
-
-    def mixed(self, real, added, cells=None):
-        if added is None:
-            return super().mixed(real, None, cells)
-        if added is self.rest:
-            both = real.extend(added)
-            return both, classifier.balanced_weights(both.labels)
-        parts, share = [real, self.pseudo], self.config.loop.share * (added is not self.pseudo)
-        shares = [(1 - share) * (1 - self.weight), (1 - share) * self.weight]
-        if share:
-            parts, shares = [*parts, added], [*shares, share]
-        return functools.reduce(data.ImageSet.extend, parts), np.concatenate(
-            [of * classifier.balanced_weights(part.labels) for part, of in zip(parts, shares)])
+class FewLabels(loop.Experiment):
+    """A run with few labels, and arm all_labels beside it."""
 
     def added_sets(self, rounds):
-        added = loop.Experiment.added_sets(self, rounds)
-        row = {source: i for i, source in enumerate(self.train.sources)}
-        parents = self.train.subset(np.array([row[source] for source in added["random"].sources]))
-        groups = added["random"].groups
-        added["recolour_random"] = replace(parents, groups=groups, images=loop.recoloured(
-            self.train, parents, groups, self.seed("recolour_random")))
-        self.arms = [*self.arms, "pseudo", "recolour_random", "all_labels"]
-        return {**added, "pseudo": self.pseudo, "all_labels": self.rest}
+        self.arms = [*self.arms, "all_labels"]
+        return super().added_sets(rounds) | {"all_labels": self.splits["unlabelled"]}
+
+    def mixed(self, real, added, cells=None):
+        if added is self.splits["unlabelled"]:
+            known = self.labelled.extend(added)
+            return known, classifier.balanced_weights(known.labels)
+        return super().mixed(real, added, cells)
 
 
 def random_as_guided(folder: Path, results: dict) -> list[dict]:
@@ -173,8 +119,8 @@ def main():
         folder = Path("runs") / f"survey_{name}_{size}"
         if not (folder / "results.json").exists():
             c = configuration.load(arguments.config, [
-                "loop.arms=[all]", *([f"loop.added={800 / size}", *FEW] if few else
-                                     [f"data.train={size}"]), *arguments.set])
+                "loop.arms=[all]", f"data.train={FEW if few else size}",
+                *([f"data.labelled={size / FEW}"] if few else []), *arguments.set])
             if not folder.exists():
                 new_folder(folder.parent, folder.name)
             survey = (FewLabels if few else Survey)(c, RunFolder(folder))

@@ -500,7 +500,7 @@ def test_the_image_split_leaks_and_says_how_much(tmp_path):
 
 
 ARGUMENTS = dict(root="", size=16, seed=3, train=200, val=120, test=120, val_fraction=0.25,
-                 test_fraction=0.25, split_by="lesion", folds=2, **OPTIONS)
+                 test_fraction=0.25, split_by="lesion", folds=2, labelled=1.0, **OPTIONS)
 
 
 def test_load_phantom():
