@@ -837,7 +837,7 @@ class Experiment:
         parents, way = train.subset(np.repeat(chosen, groups)), self.config.guidance.start
         way = "counterfactual" if way == "parent" else way
         images, _, _ = self.synthesise(parents, np.tile(np.arange(groups), len(chosen)),
-                                       np.zeros(len(parents), int), start=way)
+                                       np.repeat(np.arange(len(chosen)), groups), start=way)
         return pictures.every_group(train, chosen, images)
 
     def unguided_beside_guided(self, made: Candidates):
