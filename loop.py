@@ -256,7 +256,7 @@ class Experiment:
         """Each image's distance to the nearest one `among` (what anything learns from), in any of
         the 8 ways to turn or mirror it (the generator learns from all of them), in grey levels; and
         which that is."""
-        small, found, among = thumbnails(images), [], among or self.seen
+        small, found, among = thumbnails(images), [], self.seen if among is None else among
         for first in range(0, len(among), 10_000):                  # a block at a time: memory
             known = thumbnails(among.images[first:first + 10_000])
             for turned in (small, small.transpose(0, 1, 3, 2)):

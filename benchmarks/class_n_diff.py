@@ -186,7 +186,8 @@ def told(found: list[dict]) -> str:
             for name in rows}),
         *(line for measure in (judges[0], "recall")
           for line in table(f"{measure} by cell", parts, {
-              name: [cell(name, measure, part) for part in parts] for name in rows})),
+              name: [cell(name, measure, part) for part in parts] for name in rows
+              if measure in first[name]})),
         *table("on test", [metric.replace("_", " ") for metric in METRICS], {
             name: [spread([one["diagnosis"][name][metric] for one in found]) for metric in METRICS]
             for name in found[0]["diagnosis"]})])

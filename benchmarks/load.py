@@ -47,7 +47,7 @@ def nearest(count: int) -> None:
     images = np.random.default_rng(0).integers(0, 256, (count, 3, SIZE, SIZE), dtype=np.uint8)
     class Split(SimpleNamespace):
         __len__ = lambda self: count
-    loop.Experiment.nearest(SimpleNamespace(splits={"train": Split(images=images)}), images[:1000])
+    loop.Experiment.nearest(SimpleNamespace(seen=Split(images=images)), images[:1000])
 
 
 def ledger(count: int) -> None:
