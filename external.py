@@ -124,7 +124,7 @@ def score_on(folder: Path, name: str, other: Config) -> dict:
     """Score a finished run's students on all images of another data set, as an external test.
 
     Classes and groups are matched by name, in any case; images of other classes are left out, and
-    so are those that the run learnt or chose from (the same pixels in its train or val split).
+    so are those that the run learnt or chose from (the same pixels in any split but its test).
     Thresholds are the run's own. Writes folder/external_<name>.json and returns what stands in it.
     """
     finished, progress = Finished(folder), Progress("images")
@@ -136,7 +136,7 @@ def score_on(folder: Path, name: str, other: Config) -> dict:
 
     def digests(some):
         return [hashlib.sha256(image.tobytes()).digest() for image in some.images]
-    known = {*digests(own["train"]), *digests(own["val"])}
+    known = {digest for split in own if split != "test" for digest in digests(own[split])}
     learnt = np.array([digest in known for digest in digests(images)])
     labels = matched(images.class_names, finished.class_names)[images.labels]
     keep = ~learnt & (labels >= 0)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import config as configuration
 import data
+import external
 import loop
 from runfolder import RunFolder
 
@@ -28,7 +30,9 @@ def started(folder, *overrides):
 
 def go(folder, monkeypatch):
     monkeypatch.setattr(loop, "SURE", 0.35)     # barely trained, they are sure of little
-    started(folder).go()
+    e = started(folder)
+    (folder / "config.yaml").write_text(yaml.safe_dump(e.config.as_dict()))
+    e.go()
     with np.load(folder / "predictions.npz") as stored:
         return json.loads((folder / "results.json").read_text()), dict(stored)
 
@@ -64,6 +68,9 @@ def test_labels_that_are_not_told_change_nothing(tmp_path, monkeypatch):
     assert "few labels" in (tmp_path / "a/report.md").read_text()
     arms = [predictions[f"test_probs_{arm}"] for arm in ("real", "pseudo", "guided")]
     assert not np.array_equal(arms[0], arms[1]) and not np.array_equal(arms[1], arms[2])
+    monkeypatch.setattr(data, "load", load)     # --on knows that the unlabelled were learnt from
+    own = configuration.load(tmp_path / "a/config.yaml")
+    assert external.score_on(tmp_path / "a", "itself", own)["learnt_from"] == 160 + 60
 
 
 @pytest.fixture
