@@ -48,7 +48,7 @@ from training import Streamed, seeded, to_float, to_uint8
 from unet import UNet
 
 CHILDREN = 5        # at most of one parent: on the phantom, one for every other skin type
-TEACHERS, SURE = 4, 0.8     # students that vote on an unlabelled image's class; how sure they must be
+TEACHERS, SURE = 4, 0.8     # students that vote on an unlabelled image's class; least probability
 GUESSED = 0.6       # weight of the images whose class is such a guess, beside those with a label
 CHUNK = 128         # images synthesised together: bounds memory; streams are per image (ddpm.Noise)
 
@@ -102,8 +102,8 @@ class Experiment:
         self.splits = data.load(**vars(c), cache=cache, progress=progress)
         progress.end()
         self.train = self.labelled = self.splits["train"]
-        self.unsure = None              # what only the diffusion model learns from
         self.seen = self.train          # whatever anything learns from
+        self.unsure, self.pseudo = None, {}     # see label_the_rest
         if "unlabelled" in self.splits:
             self.seen = self.train.extend(self.splits["unlabelled"])
         used = dict(self.splits)
@@ -124,7 +124,7 @@ class Experiment:
             shares = ", ".join(f"{name} {share:.0%}" for name, share in self.leak.items())
             print("every number below is optimistic (data.split_by: image): the share of test "
                   f"images whose lesion is also in train is {shares}")
-        self.tensors = {name: self.tensor(s.images) for name, s in self.splits.items()}
+        self.tensors = {name: self.tensor(self.splits[name].images) for name in ("val", "test")}
         self.schedule = ddpm.Schedule(self.config.ddpm.T, self.config.ddpm.schedule, self.device)
 
     def tensor(self, array) -> Tensor | Streamed:
@@ -163,9 +163,8 @@ class Experiment:
         c, k, images = self.config.ddpm, self.config.classifier, self.train
         labels, weights = images.labels, self.mixed(images, None)[1]
         if self.unsure is not None:
-            images, nobody = images.extend(self.unsure), np.zeros(len(self.unsure))
-            labels = np.concatenate([labels, np.full(len(self.unsure), -1)])
-            weights = np.concatenate([weights, nobody])
+            images, more = images.extend(self.unsure), (0, len(self.unsure))
+            labels, weights = np.pad(labels, more, constant_values=-1), np.pad(weights, more)
         x, labels, groups, weights = (self.tensor(a) for a in (images.images, labels,
                                                                images.groups, weights))
         self.unet, joint = self.new_unet(self.seed("ddpm")), self.config.unet.joint_head
@@ -229,9 +228,9 @@ class Experiment:
     def label_the_rest(self) -> None:
         """Pseudo-labels: students of the labels vote on the lesions without one. Those that they
         are sure of join the train set (`mixed` knows them), the others stay `unsure`."""
-        rest, weights = self.splits["unlabelled"], classifier.balanced_weights(self.train.labels)
-        teachers = [self.student(f"teacher_{s}", self.train, weights, self.seed("teacher", s),
-                                 self.jitter) for s in range(TEACHERS)]
+        rest = self.splits["unlabelled"]
+        teachers = [self.student(f"teacher_{s}", *self.mixed(self.train, None),
+                                 self.seed("teacher", s), self.jitter) for s in range(TEACHERS)]
         votes = np.mean([self.predict(teacher, rest.images) for teacher in teachers], axis=0)
         lesion = np.unique(rest.lesions, return_inverse=True)[1]
         votes = np.stack([np.bincount(lesion, of) / np.bincount(lesion) for of in votes.T],
@@ -768,7 +767,7 @@ class Experiment:
                    **evaluate.score(predictions, min_count=c.evaluate.min_count,
                                     draws=c.evaluate.draws),
                    "rounds": [r["entry"] for r in rounds], "generator": quality,
-                   "pseudo": self.pseudo if self.unsure is not None else {},
+                   "pseudo": self.pseudo,
                    "counterfactuals": self.beside_the_truth(),
                    "filter": {arm: {"candidates": len(made.fate)} | {
                        fate: int((made.fate == i).sum()) for i, fate in enumerate(FATES)}
@@ -834,8 +833,8 @@ class Experiment:
         by_hardness = np.argsort(margin, kind="stable")
         chosen = np.concatenate([by_hardness[train.labels[by_hardness] == c][:2]
                                  for c in np.flatnonzero(train.malignant)[::-1]])
-        parents, way = train.subset(np.repeat(chosen, groups)), self.config.guidance.start
-        way = "counterfactual" if way == "parent" else way
+        parents = train.subset(np.repeat(chosen, groups))
+        way = "counterfactual" if self.config.guidance.start == "parent" else None
         images, _, _ = self.synthesise(parents, np.tile(np.arange(groups), len(chosen)),
                                        np.repeat(np.arange(len(chosen)), groups), start=way)
         return pictures.every_group(train, chosen, images)
@@ -853,7 +852,7 @@ class Experiment:
     def estimate(self) -> float:
         """Seconds that the run will take, from a few timed steps of each kind."""
         c, students = self.config, self.config.classifier.steps
-        x, labels = self.tensors["train"][:c.ddpm.batch], self.tensor(self.train.labels)
+        x, labels = self.tensor(self.train.images[:c.ddpm.batch]), self.tensor(self.train.labels)
         unet, resnet = self.new_unet(0), self.new_resnet(0)
         some = torch.arange(c.ddpm.batch, device=self.device) % len(x)
 

@@ -49,7 +49,7 @@ class Costs(loop.Experiment):
     def prepare(self, count: int) -> None:
         """count: images drawn and judged at a time."""
         super().prepare()
-        c = self.config
+        c, self.x = self.config, self.tensor(self.train.images)
         source = data.load_oracle(c.data.size, c.data.seed, c.evaluate.oracle)
         self.oracle = self.student("oracle", source, classifier.balanced_weights(source.labels),
                                    self.seed("oracle"), jitter=0.1)
@@ -85,7 +85,7 @@ class Costs(loop.Experiment):
 
         def compute(progress):
             begun = time.monotonic()
-            ddpm.train(self.unet, self.schedule, self.tensors["train"],
+            ddpm.train(self.unet, self.schedule, self.x,
                        self.tensor(self.train.labels), self.tensor(self.train.groups), steps=steps,
                        batch=c.batch, lr=c.lr, ema_decay=c.ema, prediction=c.prediction,
                        drop=c.drop, seed=seed, bf16=self.bf16,
@@ -114,17 +114,13 @@ class Costs(loop.Experiment):
 
     def train_guide(self, name: str, guide: classifier.ResNet) -> classifier.ResNet:
         """As loop.train_generator does."""
-        def noise(x0, generator):
-            t = torch.randint(self.schedule.T, x0.shape[:1], generator=generator, device=x0.device)
-            eps = torch.randn(x0.shape, generator=generator, device=x0.device)
-            return self.schedule.q_sample(x0, t, eps), t
         k, labels = self.config.classifier, self.tensor(self.train.labels)
         weights = self.tensor(classifier.balanced_weights(self.train.labels))
         self.run.train(name, guide.to(self.device), k.guide_steps, lambda **progress:
-                       classifier.train(guide, self.tensors["train"], labels, weights,
+                       classifier.train(guide, self.x, labels, weights,
                                         steps=k.guide_steps, batch=k.batch, lr=k.lr,
                                         jitter=min(k.jitter), seed=self.seed("guide"),
-                                        bf16=self.bf16, noise=noise, **progress))
+                                        bf16=self.bf16, noise=self.schedule.noised, **progress))
         return guide
 
     def theirs(self, budget: float) -> list[dict]:
@@ -136,7 +132,7 @@ class Costs(loop.Experiment):
             labels=len(self.train.class_names) * types + 1).to(self.device)
         cells = self.tensor(self.train.labels * types + self.train.groups)
         stored = self.run.stage(f"diffusers_{budget:g}", lambda progress: diffusers_unet.train(
-            network, self.tensors["train"], cells, budget=budget, batch=c.ddpm.batch,
+            network, self.x, cells, budget=budget, batch=c.ddpm.batch,
             drop=c.ddpm.drop, seed=c.loop.seed, progress=progress))
         rows = []
         for seconds, steps, weights in zip(*stored.values()):

@@ -114,7 +114,8 @@ def main():
     gflop = {name: 3 * BATCH * forward_gflop(*pair, device) for name, pair in networks.items()}
     small = seeded(0, lambda: classifier.build("small", SIZE, 4, T)).to(device).eval()
     large = seeded(0, lambda: classifier.ResNet(4, (2, 2, 2), WIDTH, "small", T)).to(device).eval()
-    work = {name: (step, total) for name, (step, total) in ceilings(device).items()}
+    limits = ceilings(device)
+    work = dict(limits)
     for name, bf16, net in (("ours, bf16", True, "ours"), ("ours, fp32", False, "ours"),
                             ("ours, folded, bf16", True, "ours, folded"),
                             ("diffusers, fp32, as shipped", False, "diffusers"),
@@ -143,7 +144,7 @@ def main():
           "convolution |\n| --- | --- | --- | --- | --- |")
     for name, (_, total) in work.items():
         rate = total and total / median[name]
-        images = "" if name in ceilings(device) else f"{BATCH / median[name]:.1f}"
+        images = "" if name in limits else f"{BATCH / median[name]:.1f}"
         print(f"| {name} | {1e3 * median[name]:.1f} | {images} | "
               + (f"{rate:.0f} | {rate / best:.0%} |" if rate else " | |"))
     for one, other in (("diffusers, fp32, as shipped", "ours, bf16"),

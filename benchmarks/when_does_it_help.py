@@ -34,7 +34,6 @@ from runfolder import RunFolder, new_folder, write_bytes
 PERFECT = ("true_random", "true_guided", "fresh")
 METRIC = "balanced_accuracy"
 CHEAP = ("real", "balanced", "pseudo", "replay", "recolour")
-
 SHOWN = ("replay", "recolour", "pseudo", "random", "guided", "true_guided", "fresh", "all_labels")
 FEW = 1600          # images, of which some have a label
 
@@ -59,7 +58,6 @@ class Survey(loop.Experiment):
         few = self.train.subset(np.flatnonzero(np.isin(self.train.lesions, chosen)))
         few = data.add_folds(few, self.config.data.folds, self.config.data.seed)
         self.train = self.labelled = self.seen = self.splits["train"] = few
-        self.tensors["train"] = self.tensor(few.images)
 
     def added_sets(self, rounds):
         added, c = super().added_sets(rounds), self.config.data
