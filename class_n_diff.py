@@ -89,7 +89,7 @@ def train(networks: nn.ModuleDict, schedule: ddpm.Schedule, images: Tensor, labe
             guide, images, labels, for_guide, generator, part, jitter=jitter, noise=noise)
 
     history = fit(networks, pick, loss_fn, steps=steps, lr=lr, seed=seed, device=images.device,
-                  bf16=bf16, ema=ema, **progress)
+                  bf16=bf16, ema=ema, record=False, **progress)       # the coin is the CPU's
     unet.load_state_dict(ema.shadow)
     guide.requires_grad_()
     return history

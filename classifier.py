@@ -72,6 +72,8 @@ class ResNet(nn.Module):
         super().__init__()
         self.noise_levels, condition = noise_levels, 4 * width if noise_levels else 0
         self.published, kernel = stem == "published", 3 if stem == "small" else 7
+        if self.published:
+            self.register_buffer("imagenet", torch.tensor(IMAGENET)[:, :, None, None], False)
         self.conv1 = nn.Conv2d(3, width, kernel, stride=2, padding=kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.time = nn.Sequential(nn.Linear(width, condition), nn.SiLU()) if noise_levels else None
@@ -100,7 +102,7 @@ class ResNet(nn.Module):
             waves = angle * torch.arange(1, self.conv1.out_channels + 1, device=x.device)
             c = self.time(waves.cos())                                       # (B, 4 width)
         if self.published:
-            mean, spread = torch.tensor(IMAGENET, device=x.device)[:, :, None, None]
+            mean, spread = self.imagenet
             x = ((x + 1) / 2 - mean) / spread
         h = F.relu(self.bn1(self.conv1(x)))                                  # (B, width, S/2, S/2)
         if self.published or x.shape[-1] >= 128:

@@ -119,6 +119,7 @@ class Loop:
     mine_from: str = within(choices=("train", "test"))
     device: str
     bf16: str = within(choices=("auto", "true", "false"))
+    compile: str = within(choices=("auto", "true", "false"))
     deterministic: bool
 
 

@@ -12,6 +12,7 @@ import argparse
 import csv
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -82,9 +83,12 @@ class Experiment:
         self.config, self.run = config, run
         self.device = pick_device(config.loop.device)
         self.bf16 = pick_bf16(config.loop.bf16, self.device)
+        self.compiled = pick_compile(config, self.device)
         if config.loop.deterministic:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"       # wanted by the next line
             torch.use_deterministic_algorithms(True)
+        else:
+            torch.backends.cudnn.benchmark = True       # the fastest kernel of a few tried
         self.arms = [a for a in ARMS if a in config.loop.arms or "all" in config.loop.arms
                      and (a != "external" or config.guidance.external)
                      and (a != "pseudo" or config.data.labelled < 1)]
@@ -183,7 +187,8 @@ class Experiment:
             self.guide.eval()           # a head is no part of `networks`
             return
         self.run.train("ddpm", self.unet, c.steps, lambda **progress: ddpm.train(
-            self.unet, self.schedule, x, labels, groups, **given, **common, **progress))
+            self.unet, self.schedule, x, labels, groups, compiled=self.compiled, **given, **common,
+            **progress))
         self.run.train("guide", self.guide, k.guide_steps, lambda **progress: classifier.train(
             self.guide, x, labels, weights, steps=k.guide_steps, batch=k.batch, lr=k.lr,
             jitter=min(k.jitter), seed=self.seed("guide"), noise=self.schedule.noised, **common,
@@ -855,21 +860,25 @@ class Experiment:
         x, labels = self.tensor(self.train.images[:c.ddpm.batch]), self.tensor(self.train.labels)
         unet, resnet = self.new_unet(0), self.new_resnet(0)
         some = torch.arange(c.ddpm.batch, device=self.device) % len(x)
+        few, many = (10, 110) if self.device.type == "cuda" else (1, 5)
 
-        def seconds(step, times=4):
-            step(1)
-            begun = time.monotonic()
-            step(times)
-            return (time.monotonic() - begun) / times
+        def seconds(step):      # of one more: a GPU's first ones compile and record
+            spent = []
+            for times in (1, few, many):
+                begun = time.monotonic()
+                step(times)
+                spent.append(time.monotonic() - begun)
+            return (spent[2] - spent[1]) / (many - few)
         diffusion = seconds(lambda n: ddpm.train(
             unet, self.schedule, x, labels[:len(x)], labels[:len(x)] * 0 - 1, steps=n,
             batch=c.ddpm.batch, lr=0.0, ema_decay=0.9, prediction="v", drop=0.0, seed=0,
-            bf16=self.bf16))
+            bf16=self.bf16, compiled=self.compiled))
         learning = seconds(lambda n: classifier.train(
             resnet, x, labels[:len(x)], torch.ones(len(x), device=self.device), steps=n,
             batch=c.classifier.batch, lr=0.0, jitter=0.1, seed=0, bf16=self.bf16))
         model = ddpm.eps_model(unet, self.schedule, some * 0, some * 0 - 1, bf16=self.bf16)
-        looking = seconds(lambda n: [model(to_float(x[some]), some) for _ in range(n)]) / len(some)
+        looking = seconds(lambda n: [model(to_float(x[some]), some)
+                                     for _ in range(n)][-1].cpu()) / len(some)
         trained = (len(c.classifier.jitter) * (len(c.classifier.jitter) > 1) + 2
                    + c.data.folds * c.loop.rounds + len(self.arms) * c.loop.seeds
                    + TEACHERS * (c.data.labelled < 1))
@@ -992,6 +1001,8 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+        if device.index is not None:
+            torch.cuda.set_device(device)
         return device
     except Exception:       # torch raises its own mixture here: RuntimeError, AssertionError, ...
         raise ConfigError(f"loop.device: '{name}' is not to be had; write auto or cpu") from None
@@ -1009,6 +1020,15 @@ def pick_bf16(choice: str, device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def pick_compile(config: Config, device: torch.device) -> bool:
+    """auto: where a compiler is at hand and the training long enough for its minute to come back.
+    """
+    if config.loop.compile != "auto":
+        return config.loop.compile == "true"
+    return (device.type == "cuda" and importlib.util.find_spec("triton") is not None
+            and config.ddpm.steps >= 10_000)
 
 
 def environment(device: torch.device, bf16: bool) -> dict:

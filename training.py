@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 
-def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """The random stream of one training step; SeedSequence mixes, so neighbours are unrelated."""
+def step_generator(seed: int, step: int, device: torch.device | str = "cpu",
+                   generator: torch.Generator | None = None) -> torch.Generator:
+    """The random stream of one training step; SeedSequence mixes, so neighbours are unrelated.
+    generator: one to start again, in place of a new one."""
     mixed = int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
-    return torch.Generator(device).manual_seed(mixed >> 1)      # manual_seed takes 63 bits
+    generator = torch.Generator(device) if generator is None else generator
+    return generator.manual_seed(mixed >> 1)                    # manual_seed takes 63 bits
 
 
 def keep_freed_memory() -> None:
@@ -48,6 +51,37 @@ def to_float(images: Tensor) -> Tensor:
 def to_uint8(x: Tensor) -> Tensor:
     """float (B, 3, H, W) in [-1, 1] to uint8 in 0..255, rounded; what lies outside is clipped."""
     return x.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+class Recorded:
+    """update(), from its fourth call on a CUDA graph: a step of a small network is a thousand small
+    kernels, and a GPU is done with them sooner than Python can ask for them one by one.
+
+    update() -> Tensor, on the GPU alone, reads and writes the same tensors in every call; numbers
+    of Python's are recorded as they are. What it draws from `generator` is drawn anew from the seed
+    that this has by then: the same as without recording.
+    """
+
+    def __init__(self, update: Callable[[], Tensor], generator: torch.Generator):
+        self.update, self.generator, self.calls, self.graph = update, generator, 0, None
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self) -> Tensor:
+        if self.graph is None and self.calls < 3:       # choose kernels, make the optimizer's state
+            self.calls += 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                result = self.update()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return result
+        if self.graph is None:
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(self.generator)
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.result = self.update()
+            self.graph = graph
+        self.graph.replay()
+        return self.result.clone()
 
 
 class Streamed:
@@ -93,7 +127,7 @@ def fit(network: nn.Module, pick: Callable[[torch.Generator], Tensor],
         seed: int, device: torch.device | str = "cpu", bf16: bool = False,
         weight_decay: float = 0.01, ema=None, names: np.ndarray | None = None,
         state: dict | None = None, save: Callable[[dict], None] | None = None,
-        save_every: int = 200,
+        save_every: int = 200, record: bool = True,
         on_step: Callable[[int, int, float], None] | None = None) -> list[float]:
     """Train `network` in place by AdamW for `steps` steps.
 
@@ -109,10 +143,13 @@ def fit(network: nn.Module, pick: Callable[[torch.Generator], Tensor],
     state: what `save` was last given; training goes on from there. save(state) is called every
     `save_every` steps, a multiple of 20, and has to copy or write what it is given: training goes
     on in the same tensors. on_step(step, steps, mean loss since the last call) every 20 steps.
+    record: a GPU's steps are recorded (`Recorded`); False where loss_fn decides things on the CPU.
     Returns the mean loss of every block of 20 steps.
     Raises FloatingPointError naming the step at which the loss was not finite, and its images.
     """
     keep_freed_memory()
+    generator = torch.Generator(device)
+    cuda = generator.device.type == "cuda"
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay,
                                   betas=(0.9, 0.99), fused=True)
     first, history, recent, parts = 0, [], [], 1
@@ -122,29 +159,44 @@ def fit(network: nn.Module, pick: Callable[[torch.Generator], Tensor],
         if ema is not None:
             ema.load_state_dict(state["ema"])
         first, history = state["step"], list(state["history"])
+    [group] = optimizer.param_groups        # a recorded step reads the rate from the GPU's memory
+    group |= {"lr": torch.zeros((), device=device) if cuda else 0.0, "capturable": cuda}
+
+    def update():
+        optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for k in range(parts):
+            if k:                           # every part draws for all rows
+                generator.manual_seed(generator.initial_seed())
+            loss = loss + backward(pick, loss_fn, generator, bf16, slice(k, None, parts))
+        norm = sum(nn.utils.clip_grad_norm_(one.parameters(), 1.0, foreach=True) for one in (
+            network.values() if isinstance(network, nn.ModuleDict) else [network]))
+        optimizer.step()
+        return loss + 0 * norm              # not finite if the gradient was not, else the loss
+
+    call = Recorded(update, generator) if cuda and record else update
     network.train()
     for step in range(first, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr)
+        rate = learning_rate(step, steps, lr)
+        if cuda:
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
         loss = None
         while loss is None:
-            optimizer.zero_grad(set_to_none=True)
+            step_generator(seed, step, generator=generator)
             try:
-                loss = sum(backward(pick, loss_fn, step_generator(seed, step, device), bf16,
-                                    slice(k, None, parts)) for k in range(parts))
+                loss = call()
             except torch.OutOfMemoryError:
                 size = len(pick(step_generator(seed, step, device)))
                 if parts == size:
                     raise
-                parts = min(2 * parts, size)
+                call, parts = update, min(2 * parts, size)
                 print(f"out of memory in step {step}: from here on {-(-size // parts)} images at a "
                       f"time, {parts} times a step", file=sys.stderr)
-        norm = sum(nn.utils.clip_grad_norm_(one.parameters(), 1.0, foreach=True) for one in (
-            network.values() if isinstance(network, nn.ModuleDict) else [network]))
-        optimizer.step()
         if ema is not None:
             ema.update(network)
-        recent.append(loss + 0 * norm)          # not finite if the gradient was not, else the loss
+        recent.append(loss)
         if (step + 1) % 20 == 0 or step + 1 == steps:        # one wait for the GPU in 20 steps
             losses = torch.stack(recent).float().cpu()
             if not losses.isfinite().all():

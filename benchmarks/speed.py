@@ -5,8 +5,9 @@ library's and beside what the machine can do?
     python benchmarks/speed.py
 
 The same UNet (32 x 32 pixels, width 64, multipliers 1, 2, 2, two blocks a level, attention at 8 x
-8) here and in diffusers: forward, loss, backward, clipping, AdamW, EMA on a batch of 64. Its
-training loop is run as its documentation has it (fp32, channels first) and with bf16 autocast on.
+8; on a GPU the larger one of SHAPES) here and in diffusers: forward, loss, backward, clipping,
+AdamW, EMA on one batch. Its training loop is run as its documentation has it (fp32, channels
+first) and with bf16 autocast on; ours as the program runs it, on a GPU recorded and compiled.
 All take turns in one process; medians over the rounds. `folded` is our default input, 2 x 2 pixels
 to a channel, which does a quarter of the work: no fair comparison, so it has a line of its own.
 Guided sampling: one small guide beside a guide of the UNet's own width, as in guided-diffusion.
@@ -26,20 +27,24 @@ import classifier
 import ddpm
 import diffusers_unet
 import guidance
-from training import seeded
+from training import Recorded, seeded
 from unet import UNet
 
-SIZE, BATCH, WIDTH, MULTIPLIERS, BLOCKS, T = 32, 64, 64, (1, 2, 2), 2, 1000
+SHAPES = {"cpu": (32, 64, 64, (1, 2, 2)), "cuda": (64, 128, 128, (1, 2, 2, 2))}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZE, BATCH, WIDTH, MULTIPLIERS = SHAPES[DEVICE]
+BLOCKS, T = 2, 1000
 
 
 def ours(patch: int) -> UNet:
     return seeded(0, lambda: UNet(SIZE, 4, 6, WIDTH, MULTIPLIERS, BLOCKS, 8 // patch, patch))
 
 
-def trainer(network, call, bf16: bool, device):
+def trainer(network, call, bf16: bool, device, recorded: bool, compiled: bool):
     """A function that does one training step."""
     schedule, ema = ddpm.Schedule(T, device=device), ddpm.EMA(network, 0.995)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True, capturable=recorded)
+    predict = torch.compile(network, dynamic=False) if compiled else network
     generator = torch.Generator(device).manual_seed(0)
     x0 = torch.rand(BATCH, 3, SIZE, SIZE, device=device) * 2 - 1
     y = torch.randint(4, (BATCH,), device=device)
@@ -48,13 +53,18 @@ def trainer(network, call, bf16: bool, device):
         t = torch.randint(T, (BATCH,), generator=generator, device=device)
         eps = torch.randn(x0.shape, generator=generator, device=device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            loss = F.mse_loss(call(network, schedule.q_sample(x0, t, eps), t, y).float(), eps)
+            loss = F.mse_loss(call(predict, schedule.q_sample(x0, t, eps), t, y).float(), eps)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
+        return loss.detach()
+    step = Recorded(step, generator) if recorded else step
+
+    def whole():
+        step()
         ema.update(network)
-    return step
+    return whole
 
 
 def sampler(network, bf16: bool, device, guide=None):
@@ -71,18 +81,18 @@ def sampler(network, bf16: bool, device, guide=None):
 
 def ceilings(device) -> dict:
     """{name: (a function, GFLOP of a call)}: a 3x3 convolution with its gradients, and a GEMM."""
-    found = {}
+    found, (channels, side, gemm) = {}, (128, 16, 2048) if DEVICE == "cpu" else (256, 32, 8192)
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        conv = torch.nn.Conv2d(128, 128, 3, padding=1, bias=False, device=device, dtype=dtype)
-        conv = conv.to(memory_format=torch.channels_last)
-        x = torch.randn(BATCH, 128, 16, 16, device=device, dtype=dtype, requires_grad=True)
+        conv = torch.nn.Conv2d(channels, channels, 3, padding=1, bias=False, device=device,
+                               dtype=dtype).to(memory_format=torch.channels_last)
+        x = torch.randn(BATCH, channels, side, side, device=device, dtype=dtype, requires_grad=True)
         x.data = x.data.to(memory_format=torch.channels_last)
-        ones = torch.ones_like(conv(x))
-        a, b = torch.randn(2, 2048, 2048, device=device).to(dtype)
+        ones = torch.randn_like(conv(x))
+        a, b = torch.randn(2, gemm, gemm, device=device).to(dtype)
         found[f"3x3 convolution, {name}"] = (
             lambda conv=conv, x=x, ones=ones: torch.autograd.grad(conv(x), (x, conv.weight), ones),
-            3 * 2 * 9 * 128 ** 2 * 256 * BATCH / 1e9)
-        found[f"GEMM 2048, {name}"] = (lambda a=a, b=b: a @ b, 2 * 2048 ** 3 / 1e9)
+            3 * 2 * 9 * channels ** 2 * side ** 2 * BATCH / 1e9)
+        found[f"GEMM {gemm}, {name}"] = (lambda a=a, b=b: a @ b, 2 * gemm ** 3 / 1e9)
     return found
 
 
@@ -97,7 +107,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, cuda = torch.device(DEVICE), DEVICE == "cuda"
+    torch.backends.cudnn.benchmark = True
 
     def call_ours(network, x, t, y):
         return network(x, t, y, y)
@@ -120,26 +131,35 @@ def main():
                             ("ours, folded, bf16", True, "ours, folded"),
                             ("diffusers, fp32, as shipped", False, "diffusers"),
                             ("diffusers, bf16", True, "diffusers")):
-        work[f"training: {name}"] = trainer(*networks[net], bf16, device), gflop[net]
+        program = cuda and net != "diffusers"
+        work[f"training: {name}"] = trainer(*networks[net], bf16, device, program,
+                                            program), gflop[net]
+    if cuda:        # what compiling and recording bring
+        work["training: ours, folded, bf16, recorded alone"] = trainer(
+            *networks["ours, folded"], True, device, True, False), gflop["ours, folded"]
+        work["training: ours, folded, bf16, neither"] = trainer(
+            *networks["ours, folded"], True, device, False, False), gflop["ours, folded"]
     plain, folded = ours(1).to(device), ours(2).to(device)
     work |= {"sampling: ours, folded": (sampler(folded, True, device), None),
              "sampling: ours, folded, small guide": (sampler(folded, True, device, small), None),
              "sampling: ours, guide of the UNet's width": (sampler(plain, True, device, large),
                                                            None)}
     seconds = {name: [] for name in work}
-    for number in range(rounds + 2):                        # the first two warm up
+    warm = 5 if cuda else 2         # the fourth step is recorded
+    for number in range(rounds + warm):
         for name, (step, _) in work.items():
             begun = time.perf_counter()
             step()
-            if device.type == "cuda":
+            if cuda:
                 torch.cuda.synchronize()
-            if number > 1:
+            if number >= warm:
                 seconds[name].append(time.perf_counter() - begun)
-        print(f"\rround {number + 1} of {rounds + 2}", end="", file=sys.stderr, flush=True)
+        print(f"\rround {number + 1} of {rounds + warm}", end="", file=sys.stderr, flush=True)
     median = {name: statistics.median(of) for name, of in seconds.items()}
     best = work["3x3 convolution, bf16"][1] / median["3x3 convolution, bf16"]
-    name = torch.cuda.get_device_name() if device.type == "cuda" else \
-        f"{torch.get_num_threads()} CPU threads"
+    name = (f"{torch.cuda.get_device_name()}, at most "
+            f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if cuda
+            else f"{torch.get_num_threads()} CPU threads")
     print(f"\ntorch {torch.__version__}, {name}\n\n| | ms | images/s | GFLOP/s | of the bf16 "
           "convolution |\n| --- | --- | --- | --- | --- |")
     for name, (_, total) in work.items():

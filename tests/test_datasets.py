@@ -138,8 +138,8 @@ def derma(root: Path, size: int = 28, told: list | None = None) -> dict:
 
 
 COLUMNS = ["image_id", "lesion_id", "dx", "split", "sex"]
-SPLIT = dict(root="", seed=0, train=0, val=0, test=0, val_fraction=0.1, test_fraction=0.1, folds=2, labelled=1.0,
-             split_by="lesion")
+SPLIT = dict(root="", seed=0, train=0, val=0, test=0, val_fraction=0.1, test_fraction=0.1, folds=2,
+             labelled=1.0, split_by="lesion")
 
 
 @pytest.mark.parametrize("size", [28, 64])

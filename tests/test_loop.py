@@ -612,3 +612,12 @@ def test_inception_features_come_from_a_torchscript_file(tmp_path):
     for path in ("no.pt", "absent.pt"):
         with pytest.raises(configuration.ConfigError, match="evaluate.inception"):
             loop.inception_features(str(tmp_path / path), torch.device("cpu"))
+
+
+def test_compiling_is_for_long_trainings_on_a_gpu():
+    def picked(device, *overrides):
+        return loop.pick_compile(configuration.load(TINY, overrides), torch.device(device))
+    assert not picked("cpu", "ddpm.steps=20000") and not picked("cuda")
+    assert picked("cpu", "loop.compile=true") and not picked("cuda", "loop.compile=false")
+    triton = loop.importlib.util.find_spec("triton") is not None
+    assert picked("cuda", "ddpm.steps=20000") == triton
