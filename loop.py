@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,16 +38,17 @@ import ddpm
 import evaluate
 import external
 import guidance
+import mining
 import pictures
 import report
 from config import ARMS, Config, ConfigError
 from data import DataError, ImageSet
+from mining import margins
 from runfolder import (Progress, RunError, RunFolder, clock, held, new_folder, save_picture,
                        write_bytes)
 from training import Streamed, seeded, to_float, to_uint8
 from unet import UNet
 
-CHILDREN = 5        # at most of one parent: on the phantom, one for every other skin type
 TEACHERS, SURE = 4, 0.8     # students that vote on an unlabelled image's class; least probability
 GUESSED = 0.6       # weight of the images whose class is such a guess, beside those with a label
 CHUNK = 128         # images synthesised together: bounds memory; streams are per image (ddpm.Noise)
@@ -320,41 +320,12 @@ class Experiment:
         return probs
 
     def mine(self, images: ImageSet, probs: np.ndarray, count: int, seed: int) -> np.ndarray:
-        """Indices of `count` parents among the wrong and the low-margin images.
-
-        The class x group cells take turns, so that a cell with few hard cases gives as many parents
-        as one with many; within a cell all are taken before any again, none more than CHILDREN
-        times. Fewer than `count` are returned where that is not enough.
-        """
+        """Indices of up to `count` parents among the wrong and the low-margin images."""
         pool = np.flatnonzero(self.margins(probs, images) < self.config.loop.margin)
         if len(pool) == 0:
             raise DataError("no hard case was found: the students are right about every image; "
                             "raise loop.margin or give them less to learn from")
-        rng, cells = np.random.default_rng(seed), self.cells(images)[pool]
-        lines = [np.tile(rng.permutation(pool[cells == cell]), CHILDREN)
-                 for cell in rng.permutation(np.unique(cells))]
-        return np.concatenate(lines)[by_turns(lines)][:count]
-
-    def even_out(self, synthetic: ImageSet | None, count: int,
-                 seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """`count` train images and the group to carry each to, evening out the class x group cells.
-
-        Each goes to the cell that has fewest images by then, synthetic ones included; its parent
-        is of that class and of another group. No parent goes to one cell twice: that would be the
-        same image again. Without two groups, classes even out, a parent has CHILDREN variations.
-        """
-        rng, train, lines, targets, taken = np.random.default_rng(seed), self.train, [], [], []
-        groups = range(len(train.group_names)) if len(train.group_names) > 1 else [-1]
-        known = [train] if synthetic is None else [train, synthetic]
-        for y in rng.permutation(len(train.class_names)):
-            for g in rng.permutation(groups):
-                pool = np.flatnonzero((train.labels == y) & ((train.groups != g) | (g < 0)))
-                lines.append(np.tile(rng.permutation(pool), CHILDREN if g < 0 else 1))
-                targets.append(np.full(len(lines[-1]), g))
-                taken.append(sum(((s.labels == y) & ((s.groups == g) | (g < 0))).sum()
-                                 for s in known))
-        order = by_turns(lines, taken)[:count]
-        return np.concatenate(lines)[order], np.concatenate(targets)[order]
+        return mining.from_each_cell(pool, images, count, seed)
 
     def choose(self, number: int, probs: np.ndarray, synthetic: ImageSet | None,
                count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -364,39 +335,18 @@ class Experiment:
         count = (count + 1) // 2 if aim == "both" else count
         if aim != "groups":
             chosen = self.mine(self.train, probs, count, self.seed("mine", number))
-            parts.append((chosen, self.targets(self.train.subset(chosen),
-                                               self.seed("targets", number))))
+            parts.append((chosen, mining.other_groups(self.train.subset(chosen),
+                                                      self.seed("targets", number))))
         if aim != "hard":
-            parts.append(self.even_out(synthetic, count, self.seed("even", number)))
+            parts.append(mining.even_out(self.train, synthetic, count, self.seed("even", number)))
         parents, targets = zip(*parts)
-        order = by_turns(parents)           # the round keeps the first that pass: half of each way
+        order = mining.by_turns(parents)    # the round keeps the first that pass: half of each way
         return np.concatenate(parents)[order], np.concatenate(targets)[order]
 
-    def cells(self, images: ImageSet) -> np.ndarray:
-        """The class x group cell of every image, a number."""
-        return images.labels * (len(images.group_names) + 1) + images.groups + 1
-
     def strangers(self, chosen: np.ndarray, seed: int) -> np.ndarray:
-        """For every hard parent a random one: the same class and skin type, repeated as often.
-
-        Each distinct parent is exchanged for another image of its cell, so that arm `random`
-        differs from `guided` in nothing but the mining; guesses for guesses, labels for labels.
-        """
-        rng, swap = np.random.default_rng(seed), {}
-        cells = 2 * self.cells(self.train) + self.guessed(self.train)
-        for cell in np.unique(cells[chosen]):
-            distinct = np.unique(chosen[cells[chosen] == cell])
-            swap |= zip(distinct, rng.choice(np.flatnonzero(cells == cell), len(distinct), False))
-        return np.array([swap[i] for i in chosen])
-
-    def targets(self, parents: ImageSet, seed: int) -> np.ndarray:
-        """The group each parent is carried to: any but its own, all alike; -1 without groups."""
-        groups, rng = len(parents.group_names), np.random.default_rng(seed)
-        if groups < 2:
-            return np.full(len(parents), -1)
-        known = parents.groups >= 0
-        other = rng.integers(0, np.where(known, groups - 1, groups))
-        return other + (known & (other >= parents.groups))
+        """Random parents in place of `chosen`, of the same cells; guesses for guesses."""
+        return mining.strangers(2 * mining.cells(self.train) + self.guessed(self.train), chosen,
+                                seed)
 
     def synthesise(self, parents: ImageSet, targets: np.ndarray, seeds: np.ndarray, *,
                    start: str | None = None, scales: tuple[float, float] | None = None,
@@ -618,7 +568,7 @@ class Experiment:
         def choose():
             probs = np.mean([self.predict(s, self.tensors["test"]) for s in self.first_students], 0)
             chosen = self.mine(test, probs, candidates, self.seed("leak"))
-            return chosen, self.targets(test.subset(chosen), self.seed("leak", "targets"))
+            return chosen, mining.other_groups(test.subset(chosen), self.seed("leak", "targets"))
         made = self.candidates("leaked", "guided", test, self.seed("leak", "synthesis"), choose)
         return self.children(test, made, np.flatnonzero(made.fate == 0)[:count])
 
@@ -906,21 +856,6 @@ def same_mixture(sets: list[ImageSet], seed: int) -> list[np.ndarray]:
     fewest = {cell: min((of == cell).sum() for of in cells) for cell in np.unique(cells[0])}
     return [np.concatenate([rng.permutation(np.flatnonzero(of == cell))[:n]
                             for cell, n in fewest.items()]).astype(int) for of in cells]
-
-
-def by_turns(lines: Sequence[np.ndarray], taken: Sequence[int] = ()) -> np.ndarray:
-    """The order in which the entries of the concatenated lines are served, a line after the other
-    by turns; line i joins in after taken[i] turns (0 for all where none is given)."""
-    turn = [first + np.arange(len(line)) for line, first in zip(lines, taken or [0] * len(lines))]
-    return np.argsort(np.concatenate(turn), kind="stable")
-
-
-def margins(probs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Probability of the true class less that of the best other: negative is wrong. (N,)."""
-    own = probs[np.arange(len(labels)), labels]
-    others = probs.copy()
-    others[np.arange(len(labels)), labels] = -1
-    return own - others.max(1)
 
 
 def thumbnails(images: np.ndarray, side: int = 16) -> np.ndarray:

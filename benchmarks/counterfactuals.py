@@ -21,6 +21,7 @@ import data
 import ddpm
 import guidance
 import loop
+import mining
 from runfolder import RunFolder
 from training import to_float, to_uint8
 
@@ -38,7 +39,7 @@ def main():
     index = np.concatenate([rng.choice(np.flatnonzero(train.labels == label), 64)
                             for label in range(len(train.class_names))])
     parents = train.subset(index)
-    targets = e.targets(parents, 0)
+    targets = mining.other_groups(parents, 0)
     truth = data.load_counterfactuals(c.size, c.seed, c.train, index, targets)
     again = data.load_counterfactuals(c.size, c.seed, c.train, index, targets, shot=1)
     gained = loop.recoloured(train, parents, targets, 0)

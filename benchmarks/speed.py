@@ -103,6 +103,16 @@ def forward_gflop(network, call, device) -> float:
     return counter.get_total_flops() / 1e9
 
 
+def shares(step) -> list[tuple[str, float]]:
+    """Every operator's own share of a step's time, the largest first."""
+    with torch.profiler.profile() as profile:
+        step()
+    own = {row.key: row.self_device_time_total or row.self_cpu_time_total
+           for row in profile.key_averages()}
+    return sorted(((name, time / sum(own.values())) for name, time in own.items()),
+                  key=lambda row: -row[1])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
@@ -171,6 +181,10 @@ def main():
                        ("diffusers, bf16", "ours, bf16")):
         ratios = [a / b for a, b in zip(seconds[f"training: {one}"], seconds[f"training: {other}"])]
         print(f"{one} / {other}: {statistics.median(ratios):.2f}x")
+    plain = trainer(*networks["ours, folded"], True, device, False, False)
+    plain()
+    print("ours, folded, bf16, where a step's time goes:", ", ".join(
+        f"{name} {share:.0%}" for name, share in shares(plain)[:8]))
 
 
 if __name__ == "__main__":

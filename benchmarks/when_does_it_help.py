@@ -28,6 +28,7 @@ import config as configuration
 import data
 import evaluate
 import loop
+import mining
 import plots
 from runfolder import RunFolder, new_folder, write_bytes
 
@@ -69,7 +70,7 @@ class Survey(loop.Experiment):
             added[f"true_{arm}"] = replace(added[arm], images=data.load_counterfactuals(
                 c.size, c.seed, c.train, parents, added[arm].groups))
         pool = data.load_oracle(c.size, self.seed("fresh"), 40 * len(added["guided"]))
-        cells, wanted = self.cells(pool), self.cells(added["guided"])
+        cells, wanted = mining.cells(pool), mining.cells(added["guided"])
         taken = np.concatenate([np.flatnonzero(cells == cell)[:(wanted == cell).sum()]
                                 for cell in np.unique(wanted)])
         # the folds are not asked for any more: rounds of mining are over

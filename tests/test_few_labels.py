@@ -13,6 +13,7 @@ import config as configuration
 import data
 import external
 import loop
+import mining
 from runfolder import RunFolder
 
 TINY = Path(__file__).resolve().parents[1] / "configs/tiny.yaml"
@@ -120,4 +121,4 @@ def test_strangers_of_labels_have_labels_and_of_guesses_guesses(guessing):
     chosen = np.arange(0, len(e.train), 2)
     other = e.strangers(chosen, 1)
     assert ((other < len(e.labelled)) == (chosen < len(e.labelled))).all()
-    assert (e.cells(e.train)[other] == e.cells(e.train)[chosen]).all()
+    assert (mining.cells(e.train)[other] == mining.cells(e.train)[chosen]).all()

@@ -16,6 +16,7 @@ import data
 import evaluate
 import external
 import loop
+import mining
 import phantom
 import report
 import runfolder
@@ -364,13 +365,13 @@ def test_mining_takes_the_wrong_and_unsure_and_the_cells_by_turns(experiment):
     hard = np.arange(0, len(train), 4)
     probs[hard] = 0.25                                                  # ... but these: margin 0
     everything = experiment.mine(train, probs, 10_000, 1)
-    assert (np.bincount(everything, minlength=len(train))[hard] == loop.CHILDREN).all()
+    assert (np.bincount(everything, minlength=len(train))[hard] == mining.CHILDREN).all()
     assert set(everything) == set(hard)
     for count in (7, 20, 60, 150):                                      # fewer and more than hard
         chosen = experiment.mine(train, probs, count, 1)
-        cells = experiment.cells(train)
+        cells = mining.cells(train)
         taken = {c: (cells[chosen] == c).sum() for c in np.unique(cells[hard])}
-        room = {c: loop.CHILDREN * (cells[hard] == c).sum() for c in taken}
+        room = {c: mining.CHILDREN * (cells[hard] == c).sum() for c in taken}
         most = max(taken.values())
         assert len(chosen) == count and all(taken[c] >= min(room[c], most - 1) for c in taken)
         repeats = np.bincount(chosen, minlength=len(train))
@@ -387,7 +388,7 @@ def test_targets_by_group_fill_the_rarest_cell_first(experiment):
     real = np.zeros((4, 6), int)
     np.add.at(real, (train.labels, train.groups), 1)
     for count in (30, 200):
-        parents, targets = experiment.even_out(None, count, 1)
+        parents, targets = mining.even_out(experiment.train, None, count, 1)
         filled = real.copy()
         for parent, target in zip(parents, targets):
             y = train.labels[parent]
@@ -398,13 +399,13 @@ def test_targets_by_group_fill_the_rarest_cell_first(experiment):
     rare = np.argwhere(real == real.min())[0]
     added = train.subset(np.flatnonzero(train.labels == rare[0])[:1].repeat(50))
     added = loop.replace(added, groups=np.full(50, rare[1]))
-    parents, targets = experiment.even_out(added, 30, 1)
+    parents, targets = mining.even_out(experiment.train, added, 30, 1)
     assert not ((train.labels[parents] == rare[0]) & (targets == rare[1])).any()
     # without groups, or with one, the classes even out, each parent at most CHILDREN times
     for group, names in ((-1, ()), (0, ("all",))):
         experiment.train = loop.replace(train, groups=np.full(len(train), group), group_names=names)
-        parents, targets = experiment.even_out(None, 60, 1)
-        assert (targets == -1).all() and np.bincount(parents).max() <= loop.CHILDREN
+        parents, targets = mining.even_out(experiment.train, None, 60, 1)
+        assert (targets == -1).all() and np.bincount(parents).max() <= mining.CHILDREN
         filled = np.bincount(train.labels) + np.bincount(train.labels[parents], minlength=4)
         assert filled.max() - filled.min() > 1 and np.ptp(np.sort(filled)[:2]) <= 1
 
@@ -423,7 +424,7 @@ def test_hard_cases_and_groups_halve_a_round(experiment):
 
 
 def test_strangers_share_cell_and_repetition_and_nothing_else(experiment):
-    cells = experiment.cells(experiment.train)
+    cells = mining.cells(experiment.train)
     chosen = np.repeat(np.arange(0, 120, 3), np.arange(40) % 4 + 1)
     other = experiment.strangers(chosen, 1)
     assert (cells[other] == cells[chosen]).all() and len(np.unique(other)) == 40
@@ -482,7 +483,7 @@ def test_a_recoloured_start_keeps_the_recoloured_image_where_little_noise_is_add
     e = experiment
     e.unet, e.guide = e.new_unet(1), e.new_resnet(1, noise_levels=e.config.ddpm.T).eval()
     e.students, parents = [], e.train.subset(np.arange(40))
-    targets, seeds = e.targets(parents, 0), np.arange(40)
+    targets, seeds = mining.other_groups(parents, 0), np.arange(40)
     given = loop.replace(e.config, guidance=loop.replace(e.config.guidance, strength=0.05, steps=1))
     before, e.config = e.config, given
     try:
@@ -509,7 +510,8 @@ def test_the_batch_size_of_sampling_and_the_threads_change_last_digits_alone(exp
     parents = e.train.subset(np.arange(20))
 
     def images():
-        return np.stack([e.synthesise(parents, e.targets(parents, 0), np.arange(20), start=start)[0]
+        targets = mining.other_groups(parents, 0)
+        return np.stack([e.synthesise(parents, targets, np.arange(20), start=start)[0]
                          for start in ("counterfactual", "recoloured", "noise")]).astype(int)
     whole = images()
     monkeypatch.setattr(loop, "CHUNK", 3)
@@ -538,19 +540,19 @@ def test_determinism_is_asked_of_torch_where_the_config_says_so(tmp_path):
 
 def test_targets_are_any_group_but_the_own(experiment):
     train = experiment.train
-    drawn = np.stack([experiment.targets(train, seed) for seed in range(200)])
+    drawn = np.stack([mining.other_groups(train, seed) for seed in range(200)])
     assert (drawn != train.groups).all()
     for own in range(6):
         share = np.bincount(drawn[:, train.groups == own].ravel(), minlength=6) / 200
         share /= share.sum()
         assert share[own] == 0 and abs(np.delete(share, own) - 0.2).max() < 0.05
     unknown = loop.replace(train, groups=np.full(len(train), -1))
-    assert set(experiment.targets(unknown, 0)) == set(range(6))
+    assert set(mining.other_groups(unknown, 0)) == set(range(6))
 
 
 def test_margins_by_hand():
     probs = np.array([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.4, 0.4, 0.2]], np.float32)
-    assert np.allclose(loop.margins(probs, np.array([0, 2, 1])), [0.3, -0.2, 0.0])
+    assert np.allclose(mining.margins(probs, np.array([0, 2, 1])), [0.3, -0.2, 0.0])
 
 
 def test_recolouring_carries_one_flat_skin_to_another(experiment):
