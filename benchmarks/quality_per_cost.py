@@ -139,8 +139,8 @@ class Costs(loop.Experiment):
             network.load_state_dict(weights)
             network.eval()
             rows.append({"name": "diffusers", "steps": steps, "at": seconds, **self.drawn(
-                f"diffusers_{budget:g}_{steps}", lambda part, x_T, noise: diffusers_unet.sample(
-                    network, (self.y * types + self.g)[part], x_T, 50))})
+                f"diffusers_{budget:g}_{steps}_eta", lambda part, x_T, noise: diffusers_unet.sample(
+                    network, (self.y * types + self.g)[part], x_T, 50, seed=int(part[0])))})
         return rows
 
 
