@@ -84,11 +84,11 @@ class Experiment:
         self.device = pick_device(config.loop.device)
         self.bf16 = pick_bf16(config.loop.bf16, self.device)
         self.compiled = pick_compile(config, self.device)
+        # where the same bytes are not asked for, the fastest kernel of a few tried
+        torch.backends.cudnn.benchmark = not config.loop.deterministic
         if config.loop.deterministic:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"       # wanted by the next line
             torch.use_deterministic_algorithms(True)
-        else:
-            torch.backends.cudnn.benchmark = True       # the fastest kernel of a few tried
         self.arms = [a for a in ARMS if a in config.loop.arms or "all" in config.loop.arms
                      and (a != "external" or config.guidance.external)
                      and (a != "pseudo" or config.data.labelled < 1)]
@@ -958,12 +958,13 @@ def pick_bf16(choice: str, device: torch.device) -> bool:
 
 
 def pick_compile(config: Config, device: torch.device) -> bool:
-    """auto: where a compiler is at hand and the training long enough for its minute to come back.
-    """
+    """auto: where the training is long enough for the minute to come back, and Triton and the C
+    compiler that it calls are at hand."""
     if config.loop.compile != "auto":
         return config.loop.compile == "true"
-    return (device.type == "cuda" and importlib.util.find_spec("triton") is not None
-            and config.ddpm.steps >= 10_000)
+    return (device.type == "cuda" and config.ddpm.steps >= 10_000
+            and importlib.util.find_spec("triton") is not None
+            and any(map(shutil.which, ("cc", "gcc", "clang"))))
 
 
 def environment(device: torch.device, bf16: bool) -> dict:

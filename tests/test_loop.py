@@ -616,10 +616,16 @@ def test_inception_features_come_from_a_torchscript_file(tmp_path):
             loop.inception_features(str(tmp_path / path), torch.device("cpu"))
 
 
-def test_compiling_is_for_long_trainings_on_a_gpu():
+def test_compiling_is_for_long_trainings_on_a_gpu(monkeypatch):
     def picked(device, *overrides):
         return loop.pick_compile(configuration.load(TINY, overrides), torch.device(device))
     assert not picked("cpu", "ddpm.steps=20000") and not picked("cuda")
     assert picked("cpu", "loop.compile=true") and not picked("cuda", "loop.compile=false")
-    triton = loop.importlib.util.find_spec("triton") is not None
-    assert picked("cuda", "ddpm.steps=20000") == triton
+    there = {"triton", "gcc"}
+    monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name: name in there or None)
+    monkeypatch.setattr(loop.shutil, "which", lambda name: name if name in there else None)
+    assert picked("cuda", "ddpm.steps=20000")
+    for tool in ("triton", "gcc"):
+        there.remove(tool)
+        assert not picked("cuda", "ddpm.steps=20000")
+        there.add(tool)
