@@ -7,15 +7,19 @@ library's and beside what the machine can do?
 The same UNet (32 x 32 pixels, width 64, multipliers 1, 2, 2, two blocks a level, attention at 8 x
 8; on a GPU the larger one of SHAPES) here and in diffusers: forward, loss, backward, clipping,
 AdamW, EMA on one batch. Its training loop is run as its documentation has it (fp32, channels
-first) and with bf16 autocast on; ours as the program runs it, on a GPU recorded and compiled.
-All take turns in one process; medians over the rounds. `folded` is our default input, 2 x 2 pixels
-to a channel, which does a quarter of the work: no fair comparison, so it has a line of its own.
-Guided sampling: one small guide beside a guide of the UNet's own width, as in guided-diffusion.
+first) and with bf16 autocast on; ours as the program runs it, on a GPU recorded and compiled. All
+take turns, each side in a process of its own, since what our training asks of the C library
+(training.keep_freed_memory) would serve the other as well; medians over the rounds. `folded` is our
+default input, 2 x 2 pixels to a channel, which does a quarter of the work: no fair comparison, so
+it has a line of its own. Guided sampling: one small guide beside a guide of the UNet's own width,
+as in guided-diffusion.
 """
 import argparse
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -27,7 +31,7 @@ import classifier
 import ddpm
 import diffusers_unet
 import guidance
-from training import Recorded, seeded
+from training import Recorded, keep_freed_memory, seeded
 from unet import UNet
 
 SHAPES = {"cpu": (32, 64, 64, (1, 2, 2)), "cuda": (64, 128, 128, (1, 2, 2, 2))}
@@ -96,20 +100,87 @@ def ceilings(device) -> dict:
     return found
 
 
-def forward_gflop(network, call, device) -> float:
+def described(name: str, network, call, device) -> float:
+    """Say how large it is. Returns the GFLOP of a training step: the forward pass three times."""
     x, t = torch.zeros(1, 3, SIZE, SIZE, device=device), torch.zeros(1, device=device).long()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         call(network, x, t, t)
-    return counter.get_total_flops() / 1e9
+    gflop = counter.get_total_flops() / 1e9
+    print(f"{name}: {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters, "
+          f"{gflop:.3f} GFLOP forward an image", flush=True)
+    return 3 * BATCH * gflop
 
 
-def shares(step) -> list[tuple[str, float]]:
-    """Every operator's own share of a step's time, the largest first."""
+def our_work(device) -> dict:
+    """{name: (a function that does it once, its GFLOP or None)}"""
+    keep_freed_memory()                                     # as training.fit does
+
+    def call(network, x, t, y):
+        return network(x, t, y, y)
+    plain, folded = ours(1).to(device), ours(2).to(device)
+    gflop = {net: described(name, net, call, device)
+             for name, net in (("ours", plain), ("ours, folded", folded))}
+    program = device.type == "cuda"                         # recorded and compiled
+
+    def training(network, bf16, recorded=program, compiled=program):
+        return trainer(network, call, bf16, device, recorded, compiled), gflop[network]
+    work = ceilings(device) | {"training: ours, bf16": training(plain, True),
+                               "training: ours, fp32": training(plain, False),
+                               "training: ours, folded, bf16": training(folded, True)}
+    if program:
+        work |= {"training: ours, folded, bf16, recorded": training(folded, True, True, False),
+                 "training: ours, folded, bf16, neither": training(folded, True, False, False)}
+    plain, folded = ours(1).to(device), ours(2).to(device)
+    small = seeded(0, lambda: classifier.build("small", SIZE, 4, T)).to(device).eval()
+    large = seeded(0, lambda: classifier.ResNet(4, (2, 2, 2), WIDTH, "small", T)).to(device).eval()
+    return work | {
+        "sampling: ours, folded": (sampler(folded, True, device), None),
+        "sampling: ours, folded, small guide": (sampler(folded, True, device, small), None),
+        "sampling: ours, guide of the UNet's width": (sampler(plain, True, device, large), None)}
+
+
+def their_work(device) -> dict:
+    def call(network, x, t, y):
+        return network(x, t, y).sample
+    network = diffusers_unet.build(SIZE, WIDTH, MULTIPLIERS, BLOCKS, attention=8, labels=4)
+    gflop = described("diffusers", network.to(device), call, device)
+    return {f"training: diffusers, {name}": (trainer(network, call, bf16, device, False, False),
+                                             gflop)
+            for name, bf16 in (("fp32, as shipped", False), ("bf16", True))}
+
+
+work = {}           # of this process; a side has a process of its own
+
+
+def start(side) -> dict:
+    """Build a side's work. Returns {name: GFLOP or None}."""
+    torch.backends.cudnn.benchmark = True
+    work.update(side(torch.device(DEVICE)))
+    return {name: gflop for name, (_, gflop) in work.items()}
+
+
+def timed(name: str) -> float:
+    begun = time.perf_counter()
+    work[name][0]()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def machine() -> str:
+    if DEVICE == "cuda":
+        return (f"{torch.cuda.get_device_name()}, at most "
+                f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB of it by our work")
+    return f"{torch.get_num_threads()} CPU threads"
+
+
+def shares(name: str) -> list[tuple[str, float]]:
+    """Every operator's own share of the time that `name` takes, the largest first."""
     with torch.profiler.profile() as profile:
-        step()
+        work[name][0]()
     own = {row.key: row.self_device_time_total or row.self_cpu_time_total
            for row in profile.key_averages()}
-    return sorted(((name, time / sum(own.values())) for name, time in own.items()),
+    return sorted(((key, time / sum(own.values())) for key, time in own.items()),
                   key=lambda row: -row[1])
 
 
@@ -117,74 +188,36 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
-    device, cuda = torch.device(DEVICE), DEVICE == "cuda"
-    torch.backends.cudnn.benchmark = True
-
-    def call_ours(network, x, t, y):
-        return network(x, t, y, y)
-
-    def call_theirs(network, x, t, y):
-        return network(x, t, y).sample
-    networks = {"ours": (ours(1), call_ours), "ours, folded": (ours(2), call_ours),
-                "diffusers": (diffusers_unet.build(
-                    SIZE, WIDTH, MULTIPLIERS, BLOCKS, attention=8, labels=4), call_theirs)}
-    for name, (network, call) in networks.items():
-        network.to(device)
-        print(f"{name}: {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters, "
-              f"{forward_gflop(network, call, device):.3f} GFLOP forward an image")
-    gflop = {name: 3 * BATCH * forward_gflop(*pair, device) for name, pair in networks.items()}
-    small = seeded(0, lambda: classifier.build("small", SIZE, 4, T)).to(device).eval()
-    large = seeded(0, lambda: classifier.ResNet(4, (2, 2, 2), WIDTH, "small", T)).to(device).eval()
-    limits = ceilings(device)
-    work = dict(limits)
-    for name, bf16, net in (("ours, bf16", True, "ours"), ("ours, fp32", False, "ours"),
-                            ("ours, folded, bf16", True, "ours, folded"),
-                            ("diffusers, fp32, as shipped", False, "diffusers"),
-                            ("diffusers, bf16", True, "diffusers")):
-        program = cuda and net != "diffusers"
-        work[f"training: {name}"] = trainer(*networks[net], bf16, device, program,
-                                            program), gflop[net]
-    if cuda:        # what compiling and recording bring
-        work["training: ours, folded, bf16, recorded alone"] = trainer(
-            *networks["ours, folded"], True, device, True, False), gflop["ours, folded"]
-        work["training: ours, folded, bf16, neither"] = trainer(
-            *networks["ours, folded"], True, device, False, False), gflop["ours, folded"]
-    plain, folded = ours(1).to(device), ours(2).to(device)
-    work |= {"sampling: ours, folded": (sampler(folded, True, device), None),
-             "sampling: ours, folded, small guide": (sampler(folded, True, device, small), None),
-             "sampling: ours, guide of the UNet's width": (sampler(plain, True, device, large),
-                                                           None)}
-    seconds = {name: [] for name in work}
-    warm = 5 if cuda else 2         # the fourth step is recorded
-    for number in range(rounds + warm):
-        for name, (step, _) in work.items():
-            begun = time.perf_counter()
-            step()
-            if cuda:
-                torch.cuda.synchronize()
-            if number >= warm:
-                seconds[name].append(time.perf_counter() - begun)
-        print(f"\rround {number + 1} of {rounds + warm}", end="", file=sys.stderr, flush=True)
+    gflop, where = {}, {}
+    with (ProcessPoolExecutor(1, get_context("spawn")) as one,
+          ProcessPoolExecutor(1, get_context("spawn")) as other):
+        for pool, side in ((one, our_work), (other, their_work)):
+            found = pool.submit(start, side).result()
+            gflop, where = gflop | found, where | dict.fromkeys(found, pool)
+        seconds = {name: [] for name in where}
+        warm = 5 if DEVICE == "cuda" else 2         # the fourth step is recorded
+        for number in range(rounds + warm):
+            for name, pool in where.items():
+                spent = pool.submit(timed, name).result()
+                seconds[name] += [spent] if number >= warm else []
+            print(f"\rround {number + 1} of {rounds + warm}", end="", file=sys.stderr, flush=True)
+        here = one.submit(machine).result()
+        parts = one.submit(shares, "training: ours, folded, bf16").result()
     median = {name: statistics.median(of) for name, of in seconds.items()}
-    best = work["3x3 convolution, bf16"][1] / median["3x3 convolution, bf16"]
-    name = (f"{torch.cuda.get_device_name()}, at most "
-            f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if cuda
-            else f"{torch.get_num_threads()} CPU threads")
-    print(f"\ntorch {torch.__version__}, {name}\n\n| | ms | images/s | GFLOP/s | of the bf16 "
+    best = gflop["3x3 convolution, bf16"] / median["3x3 convolution, bf16"]
+    print(f"\ntorch {torch.__version__}, {here}\n\n| | ms | images/s | GFLOP/s | of the bf16 "
           "convolution |\n| --- | --- | --- | --- | --- |")
-    for name, (_, total) in work.items():
+    for name, total in gflop.items():
         rate = total and total / median[name]
-        images = "" if name in limits else f"{BATCH / median[name]:.1f}"
+        images = f"{BATCH / median[name]:.1f}" if name.partition(":")[1] else ""
         print(f"| {name} | {1e3 * median[name]:.1f} | {images} | "
               + (f"{rate:.0f} | {rate / best:.0%} |" if rate else " | |"))
-    for one, other in (("diffusers, fp32, as shipped", "ours, bf16"),
-                       ("diffusers, bf16", "ours, bf16")):
-        ratios = [a / b for a, b in zip(seconds[f"training: {one}"], seconds[f"training: {other}"])]
-        print(f"{one} / {other}: {statistics.median(ratios):.2f}x")
-    plain = trainer(*networks["ours, folded"], True, device, False, False)
-    plain()
-    print("ours, folded, bf16, where a step's time goes:", ", ".join(
-        f"{name} {share:.0%}" for name, share in shares(plain)[:8]))
+    for name in ("diffusers, fp32, as shipped", "diffusers, bf16"):
+        ratios = [a / b for a, b in zip(seconds[f"training: {name}"],
+                                        seconds["training: ours, bf16"])]
+        print(f"{name} / ours, bf16: {statistics.median(ratios):.2f}x")
+    print("ours, folded, bf16, where a step's time goes:",
+          ", ".join(f"{name} {share:.0%}" for name, share in parts[:8]))
 
 
 if __name__ == "__main__":
