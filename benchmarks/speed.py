@@ -34,7 +34,7 @@ import guidance
 from training import Recorded, keep_freed_memory, seeded
 from unet import UNet
 
-SHAPES = {"cpu": (32, 64, 64, (1, 2, 2)), "cuda": (64, 128, 128, (1, 2, 2, 2))}
+SHAPES = {"cpu": (32, 64, 64, (1, 2, 2)), "cuda": (64, 128, 96, (1, 2, 2, 3))}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE, BATCH, WIDTH, MULTIPLIERS = SHAPES[DEVICE]
 BLOCKS, T = 2, 1000
