@@ -43,7 +43,6 @@ import pictures
 import report
 from config import ARMS, Config, ConfigError
 from data import DataError, ImageSet
-from mining import margins
 from runfolder import (Progress, RunError, RunFolder, clock, held, new_folder, save_picture,
                        write_bytes)
 from training import Streamed, seeded, to_float, to_uint8
@@ -306,9 +305,8 @@ class Experiment:
                        if "unlabelled" in self.splits else [])
 
     def margins(self, probs: np.ndarray, images: ImageSet) -> np.ndarray:
-        """As the function of that name; but a guess is never hard: what contradicts it may be
-        right."""
-        return np.where(self.guessed(images), 1.0, margins(probs, images.labels))
+        """As `mining.margins`; but a guess is never hard: what contradicts it may be right."""
+        return np.where(self.guessed(images), 1.0, mining.margins(probs, images.labels))
 
     def out_of_fold(self, students: list[classifier.ResNet], images: np.ndarray,
                     folds: np.ndarray) -> np.ndarray:
@@ -475,7 +473,7 @@ class Experiment:
         index = np.flatnonzero(made.fate == 0)[:wanted]
         margin = self.margins(probs, self.train)
         votes = self.out_of_fold(self.students, made.images, self.train.folds[made.parents])
-        wrong = margins(votes, self.train.labels[made.parents]) < 0
+        wrong = mining.margins(votes, self.train.labels[made.parents]) < 0
         entry = {"round": number, "hard": int((margin < self.config.loop.margin).sum()),
                  "wrong": int((margin < 0).sum()), "parents": len(np.unique(made.parents)),
                  "candidates": len(made.images), "kept": len(index),
@@ -778,7 +776,8 @@ class Experiment:
                             for a in ("real", "guided"))
             mean = predictions["test_probs_real"].mean(0)
             self.picture("mended", lambda: pictures.mended(
-                self.splits["test"], real, guided, margins(mean, self.splits["test"].labels)))
+                self.splits["test"], real, guided,
+                mining.margins(mean, self.splits["test"].labels)))
 
     def every_type(self, margin: np.ndarray):
         """The two hardest lesions of each malignant class, carried to every group."""
@@ -852,7 +851,7 @@ def same_mixture(sets: list[ImageSet], seed: int) -> list[np.ndarray]:
     """Indices into each set so that all have as many images of every class x group cell; of every
     class alone if one knows no groups, as images made elsewhere may."""
     rng, grouped = np.random.default_rng(seed), all((s.groups >= 0).any() for s in sets)
-    cells = [s.labels * (len(s.group_names) + 1) + s.groups * grouped for s in sets]
+    cells = [mining.cells(s) if grouped else s.labels for s in sets]
     fewest = {cell: min((of == cell).sum() for of in cells) for cell in np.unique(cells[0])}
     return [np.concatenate([rng.permutation(np.flatnonzero(of == cell))[:n]
                             for cell, n in fewest.items()]).astype(int) for of in cells]

@@ -23,7 +23,7 @@ def hard_cases(train: ImageSet, probs: np.ndarray, margin: np.ndarray,
                count: int = 24) -> Image.Image:
     """The training images that the out-of-fold students are most wrong about: class > their answer.
 
-    probs: (N, C) out-of-fold; margin: (N,) as in loop.margins.
+    probs: (N, C) out-of-fold; margin: (N,) as in mining.margins.
     """
     chosen = np.argsort(margin, kind="stable")[:count]
     names = train.class_names

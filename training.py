@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 
-def step_generator(seed: int, step: int, device: torch.device | str = "cpu",
-                   generator: torch.Generator | None = None) -> torch.Generator:
-    """The random stream of one training step; SeedSequence mixes, so neighbours are unrelated.
-    generator: one to start again, in place of a new one."""
+def step_seed(seed: int, step: int) -> int:
+    """The seed of one training step; SeedSequence mixes, so neighbours are unrelated."""
     mixed = int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
-    generator = torch.Generator(device) if generator is None else generator
-    return generator.manual_seed(mixed >> 1)                    # manual_seed takes 63 bits
+    return mixed >> 1                                           # manual_seed takes 63 bits
+
+
+def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The random stream of one training step."""
+    return torch.Generator(device).manual_seed(step_seed(seed, step))
 
 
 def keep_freed_memory() -> None:
@@ -184,7 +186,7 @@ def fit(network: nn.Module, pick: Callable[[torch.Generator], Tensor],
             group["lr"] = rate
         loss = None
         while loss is None:
-            step_generator(seed, step, generator=generator)
+            generator.manual_seed(step_seed(seed, step))
             try:
                 loss = call()
             except torch.OutOfMemoryError:

@@ -133,8 +133,8 @@ def main():
             survey.size = size
             survey.go()
         found[size] = json.loads((folder / "results.json").read_text())
-        best[size], rows = over_cheap(folder, found[size])
-        found[size]["comparisons"] += rows
+        best[size], more = over_cheap(folder, found[size])
+        found[size]["comparisons"] += more
     sizes, arms = list(found), list(found[size]["arms"])
     made = [arm for arm in MADE if arm in arms]
 

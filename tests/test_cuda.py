@@ -1,5 +1,6 @@
 """What only a GPU can show: recorded steps are the steps, and the program runs there. Skipped
 without one."""
+import io
 import json
 import sys
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_recorded_steps_are_the_steps(build, train):
     assert apart(plain, recorded) < 1e-4            # atomic additions differ in their order
 
 
-def test_recorded_steps_draw_anew(monkeypatch):
+def test_recorded_steps_draw_anew():
     drawn = []
     network = torch.nn.Linear(1, 1).cuda()
 
@@ -100,14 +101,10 @@ def test_stopped_and_resumed_is_unbroken():
         pass
 
     def save(state):
-        kept.append(torch.load(dumped(state), weights_only=True))
-        raise Stop
-
-    def dumped(state):
-        import io
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        return io.BytesIO(buffer.getvalue())
+        kept.append(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
+        raise Stop
     with pytest.raises(Stop):
         train_unet(stopped, steps=60, save=save, save_every=20)
     train_unet(resumed, steps=60, state=kept[0])
