@@ -1,14 +1,15 @@
-"""Is it the draw? One config on several draws of the data: gains of `guided` in each, and their mean.
+"""Is it the draw? One config on several draws of the data: gains of `guided` in each, their mean.
 
-    python benchmarks/many_draws.py --config configs/few_labels.yaml --draws 101 102 103 104 105 106
+    python benchmarks/many_draws.py --config configs/few_labels.yaml --draws 101 102 103 104
     python benchmarks/many_draws.py --config configs/ham10000_few_labels.yaml --draws 0 1 2 3 4 5 \\
         --set data.root=PATH
 
 A run's own interval knows the test lesions and the seeds of the networks, not that another draw of
-the data would have come out otherwise. Here a draw is one observation, data.seed and loop.seed are both
-its number, and the interval is Student's t over draws. Of the phantom every draw is new images. Of real
-data it is another split of the same ones and other images with a label; for what such draws share the
-variance is corrected as by Nadeau & Bengio (2003, "Inference for the generalization error", eq. 9).
+the data would have come out otherwise. Here a draw is one observation, data.seed and loop.seed are
+both its number, and the interval is Student's t over draws. Of the phantom a draw is new images; of
+real data another split of the same ones, and other images with a label: for what those share, the
+variance takes 1 / draws + test images / training images in place of 1 / draws (Nadeau & Bengio
+2003, "Inference for the generalization error").
 Writes runs/draws_NAME.md and .svg. One that was stopped goes on where it was.
 """
 import argparse

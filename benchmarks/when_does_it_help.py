@@ -3,8 +3,8 @@ images as ever; the generator is trained on the same ones.
 
     python benchmarks/when_does_it_help.py                                  # about 70 minutes
     python benchmarks/when_does_it_help.py --config configs/few_labels.yaml --labels 50 100 200 400
-    python benchmarks/when_does_it_help.py --config configs/ham10000_cpu.yaml --set data.root=PATH \\
-        --set loop.added=0.5 --set loop.seeds=5                         # as much as the phantom's
+    python benchmarks/when_does_it_help.py --config configs/ham10000_cpu.yaml \\
+        --set data.root=PATH --set loop.added=0.5 --set loop.seeds=5
 
 Writes runs/survey_NAME.md and .svg (survey_NAME_labels): gains over the best cheap control, the one
 with the highest balanced accuracy on test. One that was stopped goes on where it was.
