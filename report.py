@@ -194,8 +194,24 @@ def differences(results):
     if p_values:
         words += " McNemar: lesions right and wrong, by the mean probability over images and seeds."
     return [("p", words), ("plots", drawings),
-            table(results, "", ["comparison", *columns], [*map(list, zip(rows, *columns.values()))])
+            table(results, "", ["comparison", *columns], [*map(list, zip(rows, *columns.values()))]),
+            *(("p", mining(results, row["all"])) for name, row in rows.items()
+              if name == "guided minus random" and None not in triple(row.get("all")))
             ] if rows else []
+
+
+def mining(results, row) -> str:
+    """Whether looking for what the students get wrong was worth it, in one sentence.
+
+    row: guided minus random, which has as many images, of the same cells, without hardness.
+    """
+    what = ("Hardness guidance (nothing was mined: guidance.targets is groups)"
+            if results.get("config", {}).get("guidance", {}).get("targets") == "groups" else
+            "Starting from hard cases and guiding toward hardness")
+    says = ("does harm" if row["high"] < 0 else "earns its place" if row["low"] > 0 else
+            "does not earn its place")
+    return (f"{what} {says} here: {interval(row, '+')} points of balanced accuracy over arm random, "
+            "as many images of the same classes and groups from random cases without it.")
 
 
 def by_group(results):

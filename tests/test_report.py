@@ -154,6 +154,22 @@ def test_differences_equal_results(run):
     assert len(found) == 2 + len(pairs)
 
 
+@pytest.mark.parametrize("low, high, targets, says", [
+    (0.01, 0.03, "hard", "hard cases and guiding toward hardness earns its place"),
+    (-0.01, 0.03, "both", "does not earn its place"), (-0.03, -0.01, "hard", "does harm"),
+    (-0.01, 0.03, "groups", "nothing was mined: guidance.targets is groups) does not earn")])
+def test_mining_is_judged_by_random_parents_alone(low, high, targets, says):
+    row = {"arm": "guided", "against": "random", "subset": "all", "metric": "balanced_accuracy",
+           "difference": (low + high) / 2, "low": low, "high": high}
+    other = row | {"against": "real", "difference": 0.2, "low": 0.1, "high": 0.3}
+    results = fake_results() | {"comparisons": [row, other]}
+    results["config"]["guidance"] = {"targets": targets}
+    told = [words for kind, words, *_ in report.differences(results) if kind == "p"]
+    assert says in told[-1] and f"[{100 * low:+.1f}, {100 * high:+.1f}] points" in told[-1]
+    results["comparisons"] = [other]
+    assert "place" not in report.differences(results)[-1][1]
+
+
 def test_other_tables(run):
     _, results, md, _ = run
     by_first = {first: cells for t in tables(md) for first, cells in t.items()}
