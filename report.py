@@ -194,24 +194,29 @@ def differences(results):
     if p_values:
         words += " McNemar: lesions right and wrong, by the mean probability over images and seeds."
     return [("p", words), ("plots", drawings),
-            table(results, "", ["comparison", *columns], [*map(list, zip(rows, *columns.values()))]),
-            *(("p", mining(results, row["all"])) for name, row in rows.items()
-              if name == "guided minus random" and None not in triple(row.get("all")))
-            ] if rows else []
+            table(results, "", ["comparison", *columns], [*map(list, zip(rows, *columns.values()))])
+            ] + mining(results) if rows else []
 
 
-def mining(results, row) -> str:
-    """Whether looking for what the students get wrong was worth it, in one sentence.
-
-    row: guided minus random, which has as many images, of the same cells, without hardness.
-    """
-    what = ("Hardness guidance (nothing was mined: guidance.targets is groups)"
-            if results.get("config", {}).get("guidance", {}).get("targets") == "groups" else
-            "Starting from hard cases and guiding toward hardness")
-    says = ("does harm" if row["high"] < 0 else "earns its place" if row["low"] > 0 else
-            "does not earn its place")
-    return (f"{what} {says} here: {interval(row, '+')} points of balanced accuracy over arm random, "
-            "as many images of the same classes and groups from random cases without it.")
+def mining(results):
+    """Whether looking for what the students get wrong was worth it, in one sentence: guided against
+    random, which has as many images of the same cells, from random cases and without hardness."""
+    row = next((c for c in results["comparisons"] if (c["arm"], c["against"], c["subset"],
+               c["metric"]) == ("guided", "random", "all", "balanced_accuracy")), {})
+    c = results.get("config", {}).get("guidance", {})
+    what = {"groups": [], "both": ["starting half from hard cases"]}.get(
+        c.get("targets"), ["starting from hard cases"])
+    if c.get("hardness_scale"):
+        what.append("guiding toward hardness" + " (nothing was mined)" * (not what))
+    row = row | {"value": row.get("difference")}
+    if None in triple(row) or not what:
+        return []
+    says = ("did harm" if row["high"] < 0 else "earned its place" if row["low"] > 0 else
+            "brought no gain that chance does not explain")
+    return [("p", f"{' and '.join(what).capitalize()} {says} on this draw of the data: "
+             f"{interval(row, '+')} points of balanced accuracy over arm random, which has as many "
+             "images of the same classes and groups, from random cases and without hardness "
+             "guidance.")]
 
 
 def by_group(results):

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import config as configuration
 import loop
 import plots
-from runfolder import RunFolder, new_folder, write_bytes
+from runfolder import RunFolder, write_bytes
 
 T_975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]    # for 2 to 10 draws
 RARE = 0.05         # a class is rare below this share of the training images
@@ -34,10 +34,9 @@ def run(config: str, draw: int, changes: list[str]) -> dict:
     """The results of one draw, from its folder if it is there."""
     folder = Path("runs") / f"draws_{Path(config).stem}_{draw}"
     if not (folder / "results.json").exists():
-        c = configuration.load(config, ["loop.arms=[all]", f"data.seed={draw}",
-                                        f"loop.seed={draw}", *changes])
-        if not folder.exists():
-            new_folder(folder.parent, folder.name)
+        c = configuration.load(config, ["loop.arms=[all]", *changes, f"data.seed={draw}",
+                                        f"loop.seed={draw}"])
+        folder.mkdir(parents=True, exist_ok=True)
         loop.Experiment(c, RunFolder(folder)).go()
     return json.loads((folder / "results.json").read_text())
 
@@ -56,16 +55,17 @@ def main():
     parser.add_argument("--draws", type=int, nargs="+", required=True)
     parser.add_argument("--set", action="append", default=[])
     arguments = parser.parse_args()
-    if not 2 <= len(arguments.draws) <= len(T_975) + 1:
-        parser.error(f"--draws: {len(arguments.draws)} of them; write 2 to {len(T_975) + 1}")
+    if not 2 <= len(set(arguments.draws)) == len(arguments.draws) <= len(T_975) + 1:
+        parser.error(f"--draws: {arguments.draws}; write 2 to {len(T_975) + 1} different ones")
     found = [run(arguments.config, draw, arguments.set) for draw in arguments.draws]
-    splits = found[0]["splits"]
-    train = [splits[name] for name in ("train", "unlabelled") if name in splits]
+    train = [results["splits"][name] for results in found for name in ("train", "unlabelled")
+             if name in results["splits"]]
+    test = sum(results["splits"]["test"]["images"] for results in found)
     images = sum(part["images"] for part in train)
     classes, groups = (sum((Counter(part[kind]) for part in train), Counter())
                        for kind in ("classes", "groups"))
     phantom = found[0]["config"]["data"]["kind"] == "phantom"
-    shared = 0.0 if phantom else splits["test"]["images"] / images
+    shared = 0.0 if phantom else test / images
     measures = {"balanced accuracy": [("all", "balanced_accuracy")],
                 "accuracy on the hard cases": [("hard", "accuracy")],
                 "sensitivity at 90 % specificity": [("all", "sensitivity_at_90")]}
@@ -79,7 +79,9 @@ def main():
     arms = [arm for arm in found[0]["arms"] if all(arm in results["arms"] for results in found)]
     text, drawn = [], []
     columns = ["accuracy", "sensitivity", "specificity", "balanced_accuracy"]
-    text += [f"Means over {len(found)} draws:\n",
+    students = ", ".join(f"{draw}: {len(results['arms']['guided']['seeds'])}"
+                         for draw, results in zip(arguments.draws, found))
+    text += [f"Means over {len(found)} draws (students an arm in draw {students}):\n",
              "| arm | " + " | ".join(columns).replace("_", " ") + " |", "| --- " * 5 + "|"]
     for arm in arms:
         values = [100 * np.mean([r["arms"][arm]["test"]["all"][c]["value"] for r in found])
@@ -100,12 +102,12 @@ def main():
         for i, draw in enumerate(arguments.draws):
             cells = [gains[control][i] for control in controls]
             text.append(f"| {draw} | " + " | ".join(
-                "n too small" if v is None else f"{v:+.1f}" for v in cells) + " |")
+                "n too small" if v is None else plots.signed(v) for v in cells) + " |")
         known = {control: [v for v in gains[control] if v is not None] for control in controls}
         means = {control: over_draws(values, shared) for control, values in known.items()
                  if len(values) > 1}
         text.append("| mean | " + " | ".join(
-            "{:+.1f} [{:+.1f}, {:+.1f}]".format(*means[control]) if control in means else ""
+            "{} [{}, {}]".format(*map(plots.signed, means[control])) if control in means else ""
             for control in controls) + " |")
         if title.startswith(("balanced", "recall")):
             drawn += [(f"{title}: over {control}", *mean) for control, mean in means.items()]

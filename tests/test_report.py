@@ -154,20 +154,23 @@ def test_differences_equal_results(run):
     assert len(found) == 2 + len(pairs)
 
 
-@pytest.mark.parametrize("low, high, targets, says", [
-    (0.01, 0.03, "hard", "hard cases and guiding toward hardness earns its place"),
-    (-0.01, 0.03, "both", "does not earn its place"), (-0.03, -0.01, "hard", "does harm"),
-    (-0.01, 0.03, "groups", "nothing was mined: guidance.targets is groups) does not earn")])
-def test_mining_is_judged_by_random_parents_alone(low, high, targets, says):
+@pytest.mark.parametrize("low, high, targets, hardness, says", [
+    (0.01, 0.03, "hard", 0.1, "Starting from hard cases and guiding toward hardness earned"),
+    (-0.01, 0.03, "both", 0, "Starting half from hard cases brought no gain"),
+    (-0.03, -0.01, "hard", 0, "Starting from hard cases did harm"),
+    (-0.01, 0.03, "groups", 0.1, "Guiding toward hardness (nothing was mined) brought no gain")])
+def test_mining_is_judged_by_random_parents_alone(low, high, targets, hardness, says):
     row = {"arm": "guided", "against": "random", "subset": "all", "metric": "balanced_accuracy",
            "difference": (low + high) / 2, "low": low, "high": high}
     other = row | {"against": "real", "difference": 0.2, "low": 0.1, "high": 0.3}
     results = fake_results() | {"comparisons": [row, other]}
-    results["config"]["guidance"] = {"targets": targets}
+    results["config"]["guidance"] = {"targets": targets, "hardness_scale": hardness}
     told = [words for kind, words, *_ in report.differences(results) if kind == "p"]
     assert says in told[-1] and f"[{100 * low:+.1f}, {100 * high:+.1f}] points" in told[-1]
+    results["config"]["guidance"] = {"targets": "groups", "hardness_scale": 0}
+    assert report.mining(results) == []             # there guided is random
     results["comparisons"] = [other]
-    assert "place" not in report.differences(results)[-1][1]
+    assert report.mining(results) == []
 
 
 def test_other_tables(run):
