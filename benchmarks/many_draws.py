@@ -9,7 +9,7 @@ the data would have come out otherwise. Here a draw is one observation, data.see
 both its number, and the interval is Student's t over draws. Of the phantom a draw is new images; of
 real data another split of the same ones, and other images with a label: for what those share, the
 variance takes 1 / draws + test images / training images in place of 1 / draws (Nadeau & Bengio
-2003, "Inference for the generalization error").
+2003, "Inference for the generalization error"), a rule of thumb where most images have no label.
 Writes runs/draws_NAME.md and .svg. One that was stopped goes on where it was.
 """
 import argparse
