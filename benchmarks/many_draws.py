@@ -13,7 +13,6 @@ variance takes 1 / draws + test images / training images in place of 1 / draws (
 Writes runs/draws_NAME.md and .svg. One that was stopped goes on where it was.
 """
 import argparse
-import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -21,24 +20,13 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import config as configuration
-import loop
 import plots
-from runfolder import RunFolder, write_bytes
+import report
+from runfolder import write_bytes
+from when_does_it_help import finished
 
 T_975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]    # for 2 to 10 draws
 RARE = 0.05         # a class is rare below this share of the training images
-
-
-def run(config: str, draw: int, changes: list[str]) -> dict:
-    """The results of one draw, from its folder if it is there."""
-    folder = Path("runs") / f"draws_{Path(config).stem}_{draw}"
-    if not (folder / "results.json").exists():
-        c = configuration.load(config, ["loop.arms=[all]", *changes, f"data.seed={draw}",
-                                        f"loop.seed={draw}"])
-        folder.mkdir(parents=True, exist_ok=True)
-        loop.Experiment(c, RunFolder(folder)).go()
-    return json.loads((folder / "results.json").read_text())
 
 
 def over_draws(differences: list[float], shared: float) -> tuple[float, float, float]:
@@ -57,7 +45,10 @@ def main():
     arguments = parser.parse_args()
     if not 2 <= len(set(arguments.draws)) == len(arguments.draws) <= len(T_975) + 1:
         parser.error(f"--draws: {arguments.draws}; write 2 to {len(T_975) + 1} different ones")
-    found = [run(arguments.config, draw, arguments.set) for draw in arguments.draws]
+    name = f"draws_{Path(arguments.config).stem}"
+    found = [finished(Path("runs") / f"{name}_{draw}", arguments.config, [
+        "loop.arms=[all]", *arguments.set, f"data.seed={draw}", f"loop.seed={draw}"])
+        for draw in arguments.draws]
     train = [results["splits"][name] for results in found for name in ("train", "unlabelled")
              if name in results["splits"]]
     test = sum(results["splits"]["test"]["images"] for results in found)
@@ -88,31 +79,27 @@ def main():
                   for c in columns]
         text.append(f"| {arm} | " + " | ".join(f"{v:.1f}" for v in values) + " |")
     controls = [arm for arm in arms if arm != "guided"]
+    differences = [{(r["against"], r["subset"], r["metric"]): r["difference"]
+                    for r in results["comparisons"] if r["arm"] == "guided"} for results in found]
     for title, parts in measures.items():
-        gains = {}
-        for results in found:
-            rows = {(r["against"], r["subset"], r["metric"]): r["difference"]
-                    for r in results["comparisons"] if r["arm"] == "guided"}
-            for control in controls:
-                of = [rows[control, *part] for part in parts]
-                gains.setdefault(control, []).append(
-                    None if None in of else 100 * float(np.mean(of)))
         text += [f"\nGuided over, {title}:\n", "| draw | " + " | ".join(controls) + " |",
                  "| --- " * (len(controls) + 1) + "|"]
+        gains, means = {}, {}           # None where a draw has too few lesions of it
+        for control in controls:
+            known = [[of[control, *part] for part in parts] for of in differences]
+            gains[control] = [None if None in of else float(np.mean(of)) for of in known]
+            known = [gain for gain in gains[control] if gain is not None]
+            if len(known) > 1:
+                means[control] = dict(zip(("value", "low", "high"), over_draws(known, shared)))
         for i, draw in enumerate(arguments.draws):
-            cells = [gains[control][i] for control in controls]
             text.append(f"| {draw} | " + " | ".join(
-                "n too small" if v is None else plots.signed(v) for v in cells) + " |")
-        known = {control: [v for v in gains[control] if v is not None] for control in controls}
-        means = {control: over_draws(values, shared) for control, values in known.items()
-                 if len(values) > 1}
+                report.interval(gains[control][i], "+") for control in controls) + " |")
         text.append("| mean | " + " | ".join(
-            "{} [{}, {}]".format(*map(plots.signed, means[control])) if control in means else ""
-            for control in controls) + " |")
-        if title.startswith(("balanced", "recall")):
-            drawn += [(f"{title}: over {control}", *mean) for control, mean in means.items()]
+            report.interval(means.get(control), "+") for control in controls) + " |")
+        if parts[0][1] in ("balanced_accuracy", "recall"):
+            drawn += [(f"{title}: over {control}", *report.triple(mean))
+                      for control, mean in means.items()]
     print("\n".join(text))
-    name = f"draws_{Path(arguments.config).stem}"
     write_bytes(Path("runs") / f"{name}.md", ("\n".join(text) + "\n").encode())
     write_bytes(Path("runs") / f"{name}.svg", plots.standalone(plots.forest(
         drawn, f"Gains of guided, means of {len(found)} draws", "points")).encode())

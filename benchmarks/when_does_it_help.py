@@ -32,7 +32,8 @@ import evaluate
 import loop
 import mining
 import plots
-from runfolder import RunFolder, new_folder, write_bytes
+import report
+from runfolder import RunFolder, write_bytes
 
 PERFECT = ("true_random", "true_guided", "fresh")
 METRICS = {("all", "balanced_accuracy"): "balanced accuracy",
@@ -46,14 +47,12 @@ FEW = 1600          # images, of which some have a label
 
 
 class Survey(loop.Experiment):
-    """A run on `size` training images, with the perfect generators as arms of their own."""
-
-    size = 0
+    """A run on data.train images, with the perfect generators as arms of their own."""
 
     def prepare(self):
         super().prepare()
         if self.config.data.kind == "phantom":
-            return                  # there data.train is the size
+            return                  # it has drawn as many
         # Whole lesions: twice as many of each class as there are folds, the others as they come.
         lesions, first = np.unique(self.train.lesions, return_index=True)
         order = np.random.default_rng(self.config.data.seed).permutation(len(lesions))
@@ -61,7 +60,8 @@ class Survey(loop.Experiment):
         rank = np.array([(labels[:i] == labels[i]).sum() for i in range(len(labels))])
         order = order[np.argsort(rank >= 2 * self.config.data.folds, kind="stable")]
         images = np.bincount(np.unique(self.train.lesions, return_inverse=True)[1])
-        chosen = lesions[order[:np.searchsorted(images[order].cumsum(), self.size) + 1]]
+        taken = np.searchsorted(images[order].cumsum(), self.config.data.train) + 1
+        chosen = lesions[order[:taken]]
         few = self.train.subset(np.flatnonzero(np.isin(self.train.lesions, chosen)))
         few = data.add_folds(few, self.config.data.folds, self.config.data.seed)
         self.train = self.labelled = self.seen = self.splits["train"] = few
@@ -99,6 +99,15 @@ class FewLabels(loop.Experiment):
         return super().mixed(real, added, cells)
 
 
+def finished(folder: Path, config: str, changes: list[str], kind=loop.Experiment) -> dict:
+    """The results of a run, from its folder if they are there; one that was stopped goes on."""
+    if not (folder / "results.json").exists():
+        c = configuration.load(config, changes)
+        folder.mkdir(parents=True, exist_ok=True)
+        kind(c, RunFolder(folder)).go()
+    return json.loads((folder / "results.json").read_text())
+
+
 def over_cheap(folder: Path, results: dict) -> tuple[str, list[dict]]:
     """The best cheap control, and every other arm's rows of comparison with it."""
     arms = results["arms"]
@@ -127,16 +136,10 @@ def main():
     name += "_labels" * few
     for size in arguments.labels or arguments.sizes:
         folder = Path("runs") / f"survey_{name}_{size}"
-        if not (folder / "results.json").exists():
-            c = configuration.load(arguments.config, [
-                "loop.arms=[all]", f"data.train={FEW if few else size}",
-                *([f"data.labelled={size / FEW}"] if few else []), *arguments.set])
-            if not folder.exists():
-                new_folder(folder.parent, folder.name)
-            survey = (FewLabels if few else Survey)(c, RunFolder(folder))
-            survey.size = size
-            survey.go()
-        found[size] = json.loads((folder / "results.json").read_text())
+        found[size] = finished(folder, arguments.config, [
+            "loop.arms=[all]", f"data.train={FEW if few else size}",
+            *([f"data.labelled={size / FEW}"] if few else []), *arguments.set],
+            FewLabels if few else Survey)
         best[size], more = over_cheap(folder, found[size])
         found[size]["comparisons"] += more
     sizes, arms = list(found), list(found[size]["arms"])
@@ -147,12 +150,12 @@ def main():
                 for size in sizes for arm in arms}
 
     def rows(subset, metric):
-        return {(r["arm"], r["against"], size): [100 * r[k] for k in ("difference", "low", "high")]
+        return {(r["arm"], r["against"], size): r | {"value": r["difference"]}
                 for size, results in found.items() for r in results["comparisons"]
-                if (r["subset"], r["metric"]) == (subset, metric) and r["difference"] is not None}
+                if (r["subset"], r["metric"]) == (subset, metric)}
 
     def told(row):
-        return "n too small" if row is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*row)
+        return report.interval(row, "+")
     what = "labels" if few else "images"
     text = []
     for (subset, metric), title in METRICS.items():
@@ -177,8 +180,9 @@ def main():
     print("\n".join(text))
     write_bytes(Path("runs") / f"survey_{name}.md", "\n".join(text).encode())
     difference = rows("all", "balanced_accuracy")
-    drawn = plots.gains([(arm, [(size, *difference[arm, "the best", size]) for size in sizes])
-                         for arm in made], "Gain over the best cheap control",
+    drawn = plots.gains([(arm, [(size, *report.triple(difference[arm, "the best", size]))
+                                for size in sizes]) for arm in made],
+                        "Gain over the best cheap control",
                         "labels" if few else "real training images", "points of balanced accuracy")
     write_bytes(Path("runs") / f"survey_{name}.svg", plots.standalone(drawn).encode())
 
