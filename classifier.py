@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training import fit, random_turn, to_float
+from engine.training import fit, random_turn, to_float
 
 # mean and spread of the published networks' inputs in 0..1, by channel
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -261,12 +261,12 @@ def main() -> None:
     import argparse             # this and all below: for this command alone
     from pathlib import Path
 
-    import config
+    from engine import config
     import data
     import evaluate
-    import external
-    from runfolder import Progress, one_line
-    from training import seeded
+    from extras import external
+    from engine.run import Progress, one_line
+    from engine.training import seeded
     parser = argparse.ArgumentParser(description="Train one student and score it, or predict.")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--config")

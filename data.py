@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-import datasets
-import phantom
-from datasets import SPLITS, DataError, Listing, Row
+from datasets import layouts as datasets
+from datasets import phantom
+from datasets.layouts import SPLITS, DataError, Listing, Row
 
 LOADER_VERSION = 1   # part of the cache key: raise it whenever `decode` gives other pixels
 PER_IMAGE = {"images": "uint8", "labels": "int64", "groups": "int64", "lesions": "str",
@@ -682,7 +682,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     parser.add_argument("--out", default="runs/data.png", help="the contact sheet to write")
     arguments = parser.parse_args()
-    import config   # only here: the module itself takes plain arguments
+    from engine import config   # only here: the module itself takes plain arguments
 
     def progress(done, total):
         if done % 500 == 0 or done == total:

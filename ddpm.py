@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from training import fit, random_turn, to_float
+from engine.training import fit, random_turn, to_float
 
 EpsModel = Callable[[Tensor, Tensor], Tensor]
 
@@ -344,11 +344,11 @@ def main() -> None:
 
     import numpy as np
 
-    import config
+    from engine import config
     import data
-    import pictures
-    from runfolder import Progress, one_line
-    from training import seeded, to_uint8
+    from extras import pictures
+    from engine.run import Progress, one_line
+    from engine.training import seeded, to_uint8
     from unet import UNet
     parser = argparse.ArgumentParser(description="Train a diffusion model and draw samples.")
     parser.add_argument("--config", required=True)

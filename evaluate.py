@@ -724,7 +724,7 @@ def rescore(run_folder: Path) -> dict:
 
     Raises OSError for a missing file, ValueError for one that does not hold what it should.
     """
-    from runfolder import write_bytes           # here alone: no number above needs torch
+    from engine.run import write_bytes           # here alone: no number above needs torch
     path = Path(run_folder) / "results.json"
     results = json.loads(path.read_text(encoding="utf-8"))
     given = results.get("config", {}).get("evaluate", {})
@@ -750,13 +750,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--set changes the config of --on: give both")
     try:
         if arguments.on:
-            import config           # here alone: the numbers above know neither config nor model
-            import external
+            from engine import config           # here alone: the numbers above know neither config nor model
+            from extras import external
             other = config.load(arguments.on, arguments.set)
             print(external.told(external.score_on(run, arguments.on.stem, other)))
             return 0
-        import report
-        from runfolder import locked
+        from extras import report
+        from engine.run import locked
         with locked(run):
             results = rescore(run)
             report.write(run)

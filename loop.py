@@ -30,22 +30,22 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-import class_n_diff
+from extras import class_n_diff
 import classifier
-import config as configuration
+from engine import config as configuration
 import data
 import ddpm
 import evaluate
-import external
+from extras import external
 import guidance
 import mining
-import pictures
-import report
-from config import ARMS, Config, ConfigError
+from extras import pictures
+from extras import report
+from engine.config import ARMS, Config, ConfigError
 from data import DataError, ImageSet
-from runfolder import (Progress, RunError, RunFolder, clock, held, new_folder, save_picture,
+from engine.run import (Progress, RunError, RunFolder, clock, held, new_folder, save_picture,
                        write_bytes)
-from training import Streamed, seeded, to_float, to_uint8
+from engine.training import Streamed, seeded, to_float, to_uint8
 from unet import UNet
 
 TEACHERS, SURE = 4, 0.8     # students that vote on an unlabelled image's class; least probability

@@ -23,13 +23,13 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import classifier
-import config as configuration
+from engine import config as configuration
 import data
 import evaluate
 import loop
-import pictures
-import report
-from runfolder import RunFolder, one_line, save_picture, write_bytes
+from extras import pictures
+from extras import report
+from engine.run import RunFolder, one_line, save_picture, write_bytes
 
 COUNT = 600         # images of each kind
 # what is sampled: by which model, and is it guided by its guide, or its head

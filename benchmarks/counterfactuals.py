@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import config as configuration
+from engine import config as configuration
 import data
 import ddpm
 import guidance
 import loop
 import mining
-from runfolder import RunFolder
-from training import to_float, to_uint8
+from engine.run import RunFolder
+from engine.training import to_float, to_uint8
 
 
 def main():

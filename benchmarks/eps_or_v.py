@@ -16,11 +16,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import classifier
-import config as configuration
+from engine import config as configuration
 import ddpm
 import evaluate
-import phantom
-from training import seeded, to_float, to_uint8
+from datasets import phantom
+from engine.training import seeded, to_float, to_uint8
 from unet import UNet
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import datasets
+from datasets import layouts as datasets
 import loop
 
 HERE = Path(__file__).parents[1]

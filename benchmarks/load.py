@@ -20,10 +20,10 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import config as configuration
+from engine import config as configuration
 import data
 import loop
-from runfolder import Progress
+from engine.run import Progress
 
 HERE, SIZE = Path(__file__).parents[1], 32
 

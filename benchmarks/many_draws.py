@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import plots
-import report
-from runfolder import write_bytes
+from extras import plots
+from extras import report
+from engine.run import write_bytes
 from when_does_it_help import finished
 
 T_975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]    # for 2 to 10 draws

@@ -26,17 +26,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import classifier
-import config as configuration
+from engine import config as configuration
 import data
 import ddpm
 import diffusers_unet
 import evaluate
 import guidance
 import loop
-import phantom
-import plots
-from runfolder import RunFolder, one_line, write_bytes
-from training import seeded, to_uint8
+from datasets import phantom
+from extras import plots
+from engine.run import RunFolder, one_line, write_bytes
+from engine.training import seeded, to_uint8
 
 SHARES = (1 / 14, 1 / 7, 2 / 7, 4 / 7, 1)       # of the config's training steps
 STEPS = (5, 8, 10, 15, 20, 25, 50)

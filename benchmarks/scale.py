@@ -26,9 +26,9 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import config as configuration
+from engine import config as configuration
 import loop
-from runfolder import RunFolder, one_line
+from engine.run import RunFolder, one_line
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs/ham10000_cpu.yaml"
 FEW = ["ddpm.steps=60", "classifier.steps=60", "classifier.guide_steps=20", "ddpm.batch=16",

@@ -31,7 +31,7 @@ import classifier
 import ddpm
 import diffusers_unet
 import guidance
-from training import Recorded, keep_freed_memory, seeded
+from engine.training import Recorded, keep_freed_memory, seeded
 from unet import UNet
 
 SHAPES = {"cpu": (32, 64, 64, (1, 2, 2)), "cuda": (64, 128, 96, (1, 2, 2, 3))}

@@ -26,14 +26,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import classifier
-import config as configuration
+from engine import config as configuration
 import data
 import evaluate
 import loop
 import mining
-import plots
-import report
-from runfolder import RunFolder, write_bytes
+from extras import plots
+from extras import report
+from engine.run import RunFolder, write_bytes
 
 PERFECT = ("true_random", "true_guided", "fresh")
 METRICS = {("all", "balanced_accuracy"): "balanced accuracy",

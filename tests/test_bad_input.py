@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import data
-import datasets
+from datasets import layouts as datasets
 import loop
 from test_config import FILES, OVERRIDES
 

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import class_n_diff
+from extras import class_n_diff
 import classifier
-import config as configuration
+from engine import config as configuration
 import ddpm
 import loop
-from runfolder import RunFolder
-from training import seeded
+from engine.run import RunFolder
+from engine.training import seeded
 from unet import UNet
 
 HERE = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import classifier
 from classifier import ResNet, balanced_weights, build, jitter_colour, predict, random_shift
-from training import seeded
+from engine.training import seeded
 
 
 def generator(seed=0):

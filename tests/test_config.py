@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-import config
+from engine import config
 
 HERE = Path(__file__).parents[1]
 DEFAULT = HERE / "config.yaml"

@@ -14,8 +14,8 @@ import classifier
 import ddpm
 import guidance
 import loop
-import training
-from training import seeded
+from engine import training
+from engine.training import seeded
 from unet import UNet
 
 ROOT = Path(__file__).resolve().parents[1]

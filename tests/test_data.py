@@ -16,7 +16,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
-import datasets
+from datasets import layouts as datasets
 
 HAM = Path(__file__).parents[2] / "shared" / "data" / "ham10000"
 needs_ham = pytest.mark.skipif(not HAM.is_dir(), reason="HAM10000 is not on this machine")
@@ -609,7 +609,7 @@ def test_images_in_a_file_behave_like_an_array(tmp_path):
 
 
 def test_training_reads_images_in_a_file_as_it_does_those_in_memory():
-    from training import Streamed
+    from engine.training import Streamed
     images = np.random.default_rng(0).integers(0, 256, (50, 3, 8, 8), np.uint8)
     tensor, stored = torch.tensor(images), Streamed(data.FileImages([images], np.arange(50)))
     index = torch.randint(50, (16,))
@@ -744,6 +744,6 @@ def test_command_line(tmp_path, monkeypatch, capsys):
 
 
 def test_load_takes_exactly_the_section_data_of_the_config():
-    import config
+    from engine import config
     wanted = {field.name for field in fields(config.Data)}
     assert wanted == set(inspect.signature(data.load).parameters) - {"cache", "progress"}

@@ -12,7 +12,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
-import datasets
+from datasets import layouts as datasets
 from test_data import OPTIONS, class_folders, refuse
 from test_data import everything as load
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import external
+from extras import external
 from data import DataError, ImageSet
 
 NOTHING = np.zeros(0, np.int64)

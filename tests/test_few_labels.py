@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import config as configuration
+from engine import config as configuration
 import data
-import external
+from extras import external
 import loop
 import mining
-from runfolder import RunFolder
+from engine.run import RunFolder
 
 TINY = Path(__file__).resolve().parents[1] / "configs/tiny.yaml"
 FEW = ["data.labelled=0.3", "data.train=160", "data.val=60", "data.test=80",

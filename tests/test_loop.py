@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 
 import classifier
-import config as configuration
+from engine import config as configuration
 import data
 import evaluate
-import external
+from extras import external
 import loop
 import mining
-import phantom
-import report
-import runfolder
-from runfolder import RunFolder
+from datasets import phantom
+from extras import report
+from engine import run as runfolder
+from engine.run import RunFolder
 from test_classifier import weights
 
 HERE = Path(__file__).parents[1]

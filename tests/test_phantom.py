@@ -4,8 +4,8 @@ import time
 import numpy as np
 import pytest
 
-import phantom
-from phantom import COLLECTION, EVEN, draw
+from datasets import phantom
+from datasets.phantom import COLLECTION, EVEN, draw
 
 EVENLY = (1, 1, 1, 1)                 # over the classes
 

@@ -12,8 +12,8 @@ import yaml
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import plots
-import report
+from extras import plots
+from extras import report
 
 ARMS = ("real", "replay", "guided", "naive")
 CLASSES = ("nv", "<b>mel</b> & co|")

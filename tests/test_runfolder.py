@@ -12,8 +12,8 @@ import torch
 
 import ddpm
 import loop
-import runfolder
-from runfolder import RunError, RunFolder, clock, held, new_folder, write_bytes
+from engine import run as runfolder
+from engine.run import RunError, RunFolder, clock, held, new_folder, write_bytes
 
 HERE = Path(__file__).parents[1]
 TINY = HERE / "configs/tiny.yaml"
@@ -154,7 +154,7 @@ WORK = """
 import sys, time
 from pathlib import Path
 import torch
-from runfolder import held
+from engine.run import held
 with held(Path(sys.argv[1])):
     print("at work", flush=True)
     a = torch.ones(9000, 9000)

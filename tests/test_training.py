@@ -12,7 +12,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ddpm
 from ddpm import EMA
-from training import (fit, learning_rate, random_turn, seeded, step_generator, to_float, to_uint8)
+from engine.training import (fit, learning_rate, random_turn, seeded, step_generator, to_float, to_uint8)
 from unet import UNet
 
 

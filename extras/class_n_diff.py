@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import classifier
 import ddpm
-from training import fit, random_turn, to_float
+from engine.training import fit, random_turn, to_float
 
 
 class Head(nn.Module):

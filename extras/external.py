@@ -15,16 +15,16 @@ import numpy as np
 import torch
 
 import classifier
-import config as configuration
+from engine import config as configuration
 import data
-import datasets
+from datasets import layouts as datasets
 import evaluate
-import report
-from config import Config
+from extras import report
+from engine.config import Config
 from data import DataError, ImageSet
-from datasets import Listing, Row
-from runfolder import Progress, RunError, RunFolder, write_bytes
-from training import seeded
+from datasets.layouts import Listing, Row
+from engine.run import Progress, RunError, RunFolder, write_bytes
+from engine.training import seeded
 
 
 def photos(root: Path, key: str) -> list[Path]:

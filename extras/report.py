@@ -17,9 +17,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 from PIL import Image
 
-import plots
-from plots import TOO_SMALL
-from runfolder import write_bytes
+from extras import plots
+from extras.plots import TOO_SMALL
+from engine.run import write_bytes
 
 MARK = "optimistic: mined on the test set"
 MEASURES = {"accuracy": "accuracy", "sensitivity": "sensitivity", "specificity": "specificity",
