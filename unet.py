@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 1e4) -> Tensor:
     """Sinusoids of t at `dim`/2 frequencies from 1 down to 1/max_period. Vaswani et al. 2017, 3.5.
-
-    t: (B,) int64. Returns (B, dim) float32: cosines, then sines.
-    """
+    t: (B,) int64. Returns (B, dim) float32: cosines, then sines."""
     half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device) / half)
-    angles = t.float()[:, None] * frequencies[None]
+    steps = torch.arange(half, device=t.device)                             # (dim/2,)
+    frequencies = torch.exp(-math.log(max_period) * steps / half)
+    angles = t.float()[:, None] * frequencies[None]                         # (B, dim/2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -38,134 +37,141 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels: int, out: int, condition: int):
         super().__init__()
-        self.norm1, self.conv1 = norm(channels), nn.Conv2d(channels, out, 3, padding=1)
+        self.norm1 = norm(channels)
+        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
         self.condition = nn.Linear(condition, 2 * out)
-        self.norm2, self.conv2 = norm(out), zero(nn.Conv2d(out, out, 3, padding=1))
-        self.skip = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
+        self.norm2 = norm(out)
+        self.conv2 = zero(nn.Conv2d(out, out, 3, padding=1))
+        self.skip = (nn.Identity() if channels == out
+                     else nn.Conv2d(channels, out, 1))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))                                # (B, out, H, W)
-        scale, shift = self.condition(c)[:, :, None, None].chunk(2, dim=1)   # (B, out, 1, 1) each
+        h = self.conv1(F.silu(self.norm1(x)))                               # (B, out, H, W)
+        c = self.condition(c)[:, :, None, None]                             # (B, 2 out, 1, 1)
+        scale, shift = c.chunk(2, dim=1)
         h = self.norm2(h) * (1 + scale) + shift
-        return self.skip(x) + self.conv2(F.silu(h))                          # (B, out, H, W)
+        return self.skip(x) + self.conv2(F.silu(h))                         # (B, out, H, W)
 
 
 class Attention(nn.Module):
     """Self-attention over the positions of a small feature map, 32 channels a head if that fits."""
-
     def __init__(self, channels: int):
         super().__init__()
         self.heads = channels // 32 if channels % 32 == 0 else 1
-        self.norm, self.qkv = norm(channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.norm = norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, C // self.heads, H * W)
-        q, k, v = qkv.unbind(1)                                              # (B, heads, d, HW)
+        d = C // self.heads
+        qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, d, H * W)
+        q, k, v = qkv.unbind(1)                                             # (B, heads, d, HW)
         if x.is_cuda:
             q, k, v = (a.transpose(-1, -2) for a in (q, k, v))
             h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2)
-        else:   # Written out: on a CPU and for so few positions faster than the fused kernel.
-            scores = q.transpose(-1, -2) @ k * (C // self.heads) ** -0.5
-            weights = scores.softmax(-1)                                     # (B, heads, HW, HW)
+        else:       # On a CPU, for so few positions, faster written out.
+            scores = q.transpose(-1, -2) @ k * d ** -0.5
+            weights = scores.softmax(-1)                                    # (B, heads, HW, HW)
             h = v @ weights.transpose(-1, -2)
         return x + self.out(h.reshape(B, C, H, W))
 
 
 class UNet(nn.Module):
     """eps (or v) from (x_t, t, y, g): noise level t, class y, group g; -1 stands for "not told".
-
     The image is folded `patch` x `patch` pixels into channels first: a quarter of the work at
-    patch 2, and no convolution runs at 3 channels, where it would be slow.
-    size: pixels a side, a multiple of patch * 2^(levels - 1). attention: at feature maps of at most
-    this many pixels a side. joint_head: with `classify`, logits from the bottleneck.
-    Raises ValueError if size or width does not fit.
-    """
+    patch 2, and no convolution runs at 3 channels, where it would be slow. attention: at feature
+    maps of at most this many pixels a side. Raises ValueError if size or width does not fit."""
 
-    def __init__(self, size: int, classes: int, groups: int, width: int = 64,
-                 multipliers: tuple[int, ...] = (1, 2, 2), blocks: int = 1, attention: int = 8,
-                 patch: int = 2, joint_head: bool = False):
+    def __init__(self, size: int, classes: int, groups: int,
+                 width: int = 64, multipliers: tuple[int, ...] = (1, 2, 2),
+                 blocks: int = 1, attention: int = 8, patch: int = 2):
         super().__init__()
-        if size % (patch * 2 ** (len(multipliers) - 1)):
-            raise ValueError(f"size {size} is no multiple of patch x 2^(levels - 1) = "
-                             f"{patch * 2 ** (len(multipliers) - 1)}")
+        unit = patch * 2 ** (len(multipliers) - 1)
+        if size % unit:
+            raise ValueError(f"size {size} is no multiple of {unit}, "
+                             "patch x 2^(levels - 1)")
         if width % 16:
-            raise ValueError(f"width {width} is no multiple of 16, the channels of one norm group")
+            raise ValueError(f"width {width} is no multiple of 16")
         self.width, self.patch = width, patch
-        c = 4 * width
-        self.time = nn.Sequential(nn.Linear(width, c), nn.SiLU(), nn.Linear(c, c))
-        self.class_embedding = nn.Embedding(classes + 1, c)      # the last row is "not told"
+        c, pixels = 4 * width, 3 * patch ** 2
+
+        # The condition; the last row of each table is "not told".
+        self.time = nn.Sequential(nn.Linear(width, c), nn.SiLU(),
+                                  nn.Linear(c, c))
+        self.class_embedding = nn.Embedding(classes + 1, c)
         self.group_embedding = nn.Embedding(groups + 1, c)
-        self.stem = nn.Conv2d(3 * patch ** 2, width, 3, padding=1)
+        self.stem = nn.Conv2d(pixels, width, 3, padding=1)
 
         def stage(channels, out, side):
-            return nn.ModuleList([ResBlock(channels, out, c),
-                                  Attention(out) if side <= attention else nn.Identity()])
+            block = ResBlock(channels, out, c)
+            mix = Attention(out) if side <= attention else nn.Identity()
+            return nn.ModuleList([block, mix])
 
+        # Down: the side halves from level to level.
         channels, side, skips = width, size // patch, [width]
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for level, multiplier in enumerate(multipliers):
+            out = width * multiplier
             for _ in range(blocks):
-                self.down.append(stage(channels, width * multiplier, side))
-                channels = width * multiplier
+                self.down.append(stage(channels, out, side))
+                channels = out
                 skips.append(channels)
             if level + 1 < len(multipliers):
-                self.down.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1))
+                self.down.append(nn.Conv2d(channels, channels, 3,
+                                           stride=2, padding=1))
                 skips.append(channels)
                 side //= 2
-        self.middle = nn.ModuleList([ResBlock(channels, channels, c), Attention(channels),
+
+        # The bottleneck.
+        self.middle = nn.ModuleList([ResBlock(channels, channels, c),
+                                     Attention(channels),
                                      ResBlock(channels, channels, c)])
-        bottom = channels
+
+        # Up: the features of the way down are joined on.
         for level, multiplier in reversed(list(enumerate(multipliers))):
+            out = width * multiplier
             for _ in range(blocks + 1):
-                self.up.append(stage(channels + skips.pop(), width * multiplier, side))
-                channels = width * multiplier
+                self.up.append(stage(channels + skips.pop(), out, side))
+                channels = out
             if level:
                 self.up.append(nn.Conv2d(channels, channels, 3, padding=1))
                 side *= 2
-        self.head = nn.Sequential(norm(channels), nn.SiLU(),
-                                  zero(nn.Conv2d(channels, 3 * patch ** 2, 3, padding=1)))
-        if joint_head:      # last, so that the other weights are those of a network without it
-            self.diagnosis = nn.Sequential(norm(bottom), nn.SiLU(), nn.AdaptiveAvgPool2d(1),
-                                           nn.Flatten(), zero(nn.Linear(bottom, classes)))
+        last = nn.Conv2d(channels, pixels, 3, padding=1)
+        self.head = nn.Sequential(norm(channels), nn.SiLU(), zero(last))
 
     def embed(self, t: Tensor, y: Tensor, g: Tensor) -> Tensor:
         """Time, class and group, each embedded and summed: (B, 4 width)."""
-        y = torch.where(y < 0, self.class_embedding.num_embeddings - 1, y)
-        g = torch.where(g < 0, self.group_embedding.num_embeddings - 1, g)
-        time = self.time(timestep_embedding(t, self.width))
-        return F.silu(time + self.class_embedding(y) + self.group_embedding(g))
+        c = self.time(timestep_embedding(t, self.width))
+        for table, index in ((self.class_embedding, y),
+                             (self.group_embedding, g)):
+            untold = table.num_embeddings - 1
+            c = c + table(torch.where(index < 0, untold, index))
+        return F.silu(c)
 
-    def encode(self, x_t: Tensor, t: Tensor, y: Tensor,
-               g: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        """The half down to the bottleneck: its features, those on the way, and the condition."""
-        c = self.embed(t, y, g)                                              # (B, 4 width)
-        h = self.stem(F.pixel_unshuffle(x_t, self.patch))                    # (B, width, S/p, S/p)
+    def encode(self, x_t: Tensor, c: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The half down to the bottleneck: its features, and those on the way."""
+        h = self.stem(F.pixel_unshuffle(x_t, self.patch))                   # (B, width, S/p, S/p)
         skips = [h]
         for module in self.down:
             if isinstance(module, nn.Conv2d):
-                h = module(h)                                                # half the side
+                h = module(h)                                               # half the side
             else:
                 block, attention = module
                 h = attention(block(h, c))
             skips.append(h)
         first, attention, last = self.middle
-        return last(attention(first(h, c)), c), skips, c                     # (B, C, smallest side)
-
-    def classify(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Logits (B, classes) of noisy images by the joint head. Neither class nor group is told:
-        they would be the answer, or a hint at it."""
-        untold = torch.full_like(t, -1)
-        return self.diagnosis(self.encode(x_t, t, untold, untold)[0])
+        return last(attention(first(h, c)), c), skips                       # smallest side
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, g: Tensor) -> Tensor:
         """x_t (B, 3, S, S) float32; t, y, g (B,) int64. Returns (B, 3, S, S) float32."""
-        h, skips, c = self.encode(x_t, t, y, g)
+        c = self.embed(t, y, g)                                             # (B, 4 width)
+        h, skips = self.encode(x_t, c)
         for module in self.up:
-            if isinstance(module, nn.Conv2d):
-                h = module(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+            if isinstance(module, nn.Conv2d):                               # twice the side
+                h = module(F.interpolate(h, scale_factor=2.0))
             else:
                 block, attention = module
-                h = attention(block(torch.cat([h, skips.pop()], dim=1), c))
-        return F.pixel_shuffle(self.head(h).float(), self.patch)             # (B, 3, S, S)
+                h = torch.cat([h, skips.pop()], dim=1)
+                h = attention(block(h, c))
+        return F.pixel_shuffle(self.head(h).float(), self.patch)            # (B, 3, S, S)

@@ -4,11 +4,11 @@
     python benchmarks/class_n_diff.py                             # about 45 minutes on two cores
     python benchmarks/class_n_diff.py --config configs/ham10000_cpu.yaml --set data.root=PATH
 
-For every seed the plain model and both forms of class_n_diff.py, with the same steps; of each,
-images from pure noise, even over classes and groups: do they show the class asked for (an oracle
-on the phantom, and a judge trained on real images), how far are they from as many test images
-(Frechet distance in the critic's features), how much of these do they cover (recall)? And how well
-does each classifier do on test, and a student on real and generated images?
+For every seed the plain model and both forms of extras/class_n_diff.py, with the same steps; of
+each, images from pure noise, even over classes and groups: do they show the class asked for (an
+oracle on the phantom, and a judge trained on real images), how far are they from as many test
+images (Frechet distance in the critic's features), how much of these do they cover (recall)? And
+how well does each classifier do on test, and a student on real and generated images?
 Writes runs/class_n_diff_NAME.json, .md and .png; one that was stopped goes on where it was.
 """
 import argparse
@@ -16,20 +16,24 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import classifier
-from engine import config as configuration
 import data
 import evaluate
 import loop
-from extras import pictures
-from extras import report
-from engine.run import RunFolder, one_line, save_picture, write_bytes
+from engine import config as configuration
+from engine.command import one_line
+from engine.run import Progress, Run, environment, fingerprint, save_picture, write_bytes
+from extras import measures, networks, pictures, report
+from extras.children import Kit, from_noise
+from extras.outcome import extract_features
+from guidance import Generator
 
 COUNT = 600         # images of each kind
 # what is sampled: by which model, and is it guided by its guide, or its head
@@ -37,6 +41,18 @@ SAMPLED = {"plain": ("plain", False), "class-n-diff": ("class-n-diff", False),
            "joint head": ("joint head", False), "plain, guided by its guide": ("plain", True),
            "joint head, guided by itself": ("joint head", True)}
 METRICS = ("accuracy", "sensitivity", "specificity", "balanced_accuracy")
+
+
+class Model(NamedTuple):
+    """One of the three, trained, in a run of its own."""
+    run: Run
+    splits: dict
+    generator: Generator
+    jitter: float
+
+    def student(self, name: str, images, weights, *words) -> nn.Module:
+        seed = self.run.seed(*(words or [name]))
+        return loop.student(self.run, name, images, weights, seed, self.jitter)
 
 
 class Clean(nn.Module):
@@ -50,25 +66,27 @@ class Clean(nn.Module):
         return self.guide(x, torch.zeros(len(x), dtype=torch.int64, device=x.device))
 
 
-def experiments(path: str, overrides: list[str], seed: int) -> dict[str, loop.Experiment]:
+def models(path: str, overrides: list[str], seed: int) -> dict[str, Model]:
     """The plain model and both forms, trained; what was trained before is read."""
     given = configuration.load(path, overrides).ddpm
     weight = given.classifier_weight or 0.2
     trained = {}
     for kind, own, head in (("plain", 0, "false"), ("class-n-diff", weight, "false"),
                             ("joint head", weight, "true")):
-        c = configuration.load(path, [*overrides, f"loop.seed={seed}", f"unet.joint_head={head}",
+        c = configuration.load(path, [*overrides, f"loop.seed={seed}", f"ddpm.joint_head={head}",
                                       f"ddpm.classifier_weight={own}",
                                       # a guide trained apart takes no fewer steps
                                       f"classifier.guide_steps={given.steps}"])
         folder = Path("runs") / f"class_n_diff_{Path(path).stem}_{seed}" / kind.replace(" ", "_")
         folder.mkdir(parents=True, exist_ok=True)
-        e = trained[kind] = loop.Experiment(c, RunFolder(folder))
-        e.prepare()
-        e.train_generator()
-        e.students = []         # none guides: images are to show their class, not to be hard
+        run = Run(folder, c)
+        splits = data.load(c.data, run.cache, Progress("data"))
+        run.fingerprint = fingerprint(c, splits)
+        train = splits["train"]
+        generator = networks.train_generator(run, train, train, loop.mixed(run, train)[1])
         # one strength for all: the middle one, not chosen anew
-        e.jitter = c.classifier.jitter[len(c.classifier.jitter) // 2]
+        jitter = c.classifier.jitter[len(c.classifier.jitter) // 2]
+        trained[kind] = Model(run, splits, generator, jitter)
     return trained
 
 
@@ -82,15 +100,17 @@ def even(train: data.ImageSet) -> data.ImageSet:
     return replace(train.subset(first[labels]), groups=groups)
 
 
-def generate(trained: dict[str, loop.Experiment]) -> dict[str, data.ImageSet]:
+def generate(trained: dict[str, Model]) -> dict[str, data.ImageSet]:
     """COUNT images each of what is SAMPLED, from the same noise."""
-    c, asked, made = trained["plain"].config, even(trained["plain"].train), {}
-    seeds = np.array([loop.derive(c.loop.seed, "class_n_diff", i) for i in range(COUNT)])
+    asked, made = even(trained["plain"].splits["train"]), {}
     for name, (kind, guided) in SAMPLED.items():
-        images, _, _ = trained[kind].synthesise(
-            asked, asked.groups, seeds, start="noise",
-            scales=(c.guidance.class_scale * guided, 0.0))
-        made[name] = replace(asked, images=images)
+        run, splits, generator, _ = trained[kind]
+        # no student guides: images are to show their class, not to be hard
+        scale = run.config.guidance.objectives["class_evidence"] * guided
+        kit = Kit(run, f"noise_{'guided' if guided else 'unguided'}", run.seed("class_n_diff"),
+                  splits["train"], generator, [])
+        drawn = from_noise(kit, asked, asked.groups, {"class_evidence": scale})
+        made[name] = replace(asked, images=drawn.images)
     return made
 
 
@@ -101,59 +121,63 @@ def cells(of: data.ImageSet) -> dict[str, np.ndarray]:
             | {name: of.groups == g for g, name in enumerate(of.group_names)})
 
 
-def quality(plain: loop.Experiment, made: dict[str, data.ImageSet]) -> dict:
+def quality(plain: Model, made: dict[str, data.ImageSet]) -> dict:
     """Agreement with the class asked for, Frechet distance and recall against as many real images
     of test, of the same cells. Of the real ones themselves the agreement alone."""
-    c, train, test = plain.config, plain.train, plain.splits["test"]
+    run, c, test = plain.run, plain.run.config, plain.splits["test"]
 
     def learnt(name, images):
-        return plain.student(name, images, classifier.balanced_weights(images.labels),
-                             plain.seed(name), plain.jitter)
-    judges = {"judge": learnt("judge", train)}
+        return plain.student(name, images, classifier.balanced_weights(images.labels))
+    judges = {"judge": learnt("judge", plain.splits["train"])}
     if c.data.kind == "phantom":
-        judges["oracle"] = learnt("critic", data.load_oracle(c.data.size, c.data.seed,
-                                                             c.evaluate.oracle))
-    critic = judges.get("oracle") or learnt("critic", train)
+        judges["oracle"] = learnt("critic", data.load_phantom(c.data, "oracle", c.evaluate.oracle))
+    critic = judges.get("oracle") or learnt("critic", plain.splits["train"])
 
     def features(of):
-        return classifier.extract_features(critic, plain.tensor(of.images))
-    *chosen, index = loop.same_mixture([*made.values(), test], c.loop.seed)
+        return extract_features(critic, run.tensor(of.images))
+    *chosen, index = measures.same_mixture([*made.values(), test], c.loop.seed)
     real = test.subset(index)
     known, found = features(real), {}
     for name, images in {"real": real, **made}.items():
         found[name] = {}
         for judge, network in judges.items():
-            right = plain.predict(network, images.images).argmax(1) == images.labels
+            right = loop.predict(run, network, images.images).argmax(1) == images.labels
             found[name][judge] = {cell: float(right[rows].mean())
                                   for cell, rows in cells(images).items() if rows.any()}
     for (name, images), index in zip(made.items(), chosen):
         own = features(some := images.subset(index))
-        found[name]["frechet"] = (evaluate.frechet_distance(known, own)
+        found[name]["frechet"] = (measures.frechet_distance(known, own)
                                   if len(own) > own.shape[1] else None)
         found[name]["recall"] = {
-            cell: evaluate.precision_recall(known[cells(real)[cell]], own[rows])[1]
+            cell: measures.precision_recall(known[cells(real)[cell]], own[rows])[1]
             for cell, rows in cells(some).items() if rows.sum() > 3}
     return found
 
 
-def diagnosis(trained: dict[str, loop.Experiment], made: dict[str, data.ImageSet]) -> dict:
+def diagnosis(trained: dict[str, Model], made: dict[str, data.ImageSet]) -> dict:
     """What each classifier is worth on test: students from the same start, guides, the head."""
-    plain, test = trained["plain"], trained["plain"].splits["test"]
+    plain = trained["plain"]
+    run, test, least = plain.run, plain.splits["test"], plain.run.config.evaluate.min_count
 
-    def student(e, name, added):        # in the model's own folder: no other's is mistaken for it
-        images, weights = e.mixed(e.train, added)
-        return e.student(name, images, weights, e.seed("student"), e.jitter)
-    networks = {"student on real images": student(plain, "student_real", None)}
+    def student(model, name, added):    # in the model's own folder: no other's is mistaken for it
+        images, weights = loop.mixed(model.run, model.splits["train"], added)
+        return model.student(name, images, weights, "student")
+    students = {"student on real images": student(plain, "student_real", None)}
     for name, (kind, guided) in SAMPLED.items():
-        networks[f"student on real and {name}"] = student(
+        students[f"student on real and {name}"] = student(
             trained[kind], f"student_{'guided' if guided else 'added'}", made[name])
-    networks[f"guide trained apart, {plain.config.classifier.guide_steps} steps"] = Clean(
-        plain.guide)
-    networks["guide of class-n-diff"] = Clean(trained["class-n-diff"].guide)
-    networks["joint head"] = Clean(trained["joint head"].guide)
-    return {name: evaluate.short_metrics(
-        plain.predict(network, plain.tensors["test"]), test.labels, np.array(test.malignant),
-        test.lesions, plain.config.evaluate.min_count) for name, network in networks.items()}
+    students[f"guide trained apart, {run.config.classifier.guide_steps} steps"] = Clean(
+        plain.generator.guide)
+    students["guide of class-n-diff"] = Clean(trained["class-n-diff"].generator.guide)
+    students["joint head"] = Clean(trained["joint head"].generator.guide)
+    found, once = {}, np.ones((len(test), 1))
+    for name, network in students.items():
+        probs = loop.predict(run, network, test.images)
+        tables = evaluate.tables(probs[None], test.labels, np.array(test.malignant), once,
+                                 test.lesions, least)
+        values = {metric: tables[metric].item() for metric in METRICS}
+        found[name] = {m: None if np.isnan(value) else value for m, value in values.items()}
+    return found
 
 
 def spread(values: list, factor: float = 100) -> str:
@@ -210,12 +234,12 @@ def main() -> None:
         for seed in range(arguments.seeds):
             if str(seed) in found:
                 continue
-            trained = experiments(arguments.config, overrides, seed)
+            trained = models(arguments.config, overrides, seed)
             plain, made = trained["plain"], generate(trained)
             found[str(seed)] = {"quality": quality(plain, made),
                                 "diagnosis": diagnosis(trained, made)}
             write_bytes(store, (json.dumps(
-                {"config": settings, "environment": loop.environment(plain.device, plain.bf16),
+                {"config": settings, "environment": environment(plain.run),
                  "seeds": found}, indent=1) + "\n").encode())
             if seed == 0:
                 save_picture(path.with_suffix(".png"), pictures.rows(

@@ -12,7 +12,7 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from engine.training import random_turn, to_float
+from engine.augment import random_turn, to_float
 
 
 def build(size: int, width: int, multipliers, blocks: int, attention: int,

@@ -2,9 +2,9 @@
 
     python benchmarks/fuzz.py [--cases 10000] [--seed 0]
 
-Every case goes through loop.main, which stops once the data are split. Wanted is status 0, or
-status 2 with one line; whatever else comes is printed with its case, and the status is 1. A few
-minutes on one core.
+Every case goes through the command line of loop.py, with an experiment that ends once the data are
+split (the phantom is not drawn). Wanted is status 0, or status 2 with one line; whatever else comes
+is printed with its case, and the status is 1. A few minutes on one core.
 """
 import argparse
 import contextlib
@@ -18,10 +18,19 @@ from pathlib import Path
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from datasets import layouts as datasets
-import loop
+import data
+from datasets.layouts import HAM_CLASSES
+from ddpm import SAMPLERS
+from engine import config as configuration
+from engine.command import launch
+from engine.run import fingerprint
+from extras import external, few_labels
+from guidance import OBJECTIVES
+from loop import ARMS
 
-HERE = Path(__file__).parents[1]
+HERE = Path(__file__).resolve().parents[1]
+KNOWN = {"loop.arms": (*ARMS, "all"), "guidance.sampler": SAMPLERS,
+         "guidance.objectives": OBJECTIVES}             # as in loop.main
 ODD = [*" \n\t\0\r\ufeff\ud7ff/~-:?{}[]'\"|>#%@`,;", "", "\x1b[31m", "..", "*a", "&a ", "!!int ",
        "!!python/object:os.system ", "<<: ", "- ", ": ", "? ", "nan", ".nan", "-.inf", "1e-4",
        "1e999", "-1", "0x", "010", "9" * 30, "9" * 5000, "true", "on", "null", "2001-02-30",
@@ -47,7 +56,7 @@ def config_case(rng: random.Random) -> list[str]:
     lines = (HERE / "configs/tiny.yaml").read_text().replace("..", str(HERE))
     if rng.random() < 0.5:
         lines = (HERE / "config.yaml").read_text()
-    keys = [f"{section}.{key}" for section, fields in loop.configuration.load(
+    keys = [f"{section}.{key}" for section, fields in configuration.load(
         HERE / "config.yaml").as_dict().items() for key in fields]
     if rng.random() < 0.5:
         override = f"{rng.choice(keys)}={rng.choice(ODD)}{rng.choice(ODD)}"
@@ -60,19 +69,27 @@ def config_case(rng: random.Random) -> list[str]:
 
 def table_case(rng: random.Random) -> list[str]:
     """A damaged HAM10000_metadata.csv beside whole images."""
-    rows = ["lesion_id,image_id,dx,age"] + [f"L{i:02d},I{i:02d},{datasets.HAM_CLASSES[i % 7]},60"
+    rows = ["lesion_id,image_id,dx,age"] + [f"L{i:02d},I{i:02d},{HAM_CLASSES[i % 7]},60"
                                             for i in range(35)]
     Path("root/HAM10000_metadata.csv").write_bytes(damaged("\n".join(rows) + "\n", rng))
     return ["--config", str(HERE / "configs/tiny.yaml"), "--set", "data.kind=ham10000",
             "--set", "data.root=root"]
 
 
+def split(run) -> None:
+    """What loop.experiment begins with."""
+    if run.config.data.kind != "phantom":
+        splits = data.load(run.config.data, run.cache)
+        splits |= few_labels.hide(run.config.data, splits)
+        fingerprint(run.config, splits | external.load_made(run.config, splits["train"]))
+
+
 def knock(arguments: list[str]) -> tuple[int | None, str]:
-    """loop.main's status, and what is wrong with how it takes these arguments."""
+    """The exit status, and what is wrong with how the command line takes these arguments."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            status = loop.main(arguments)
+            status = launch(split, KNOWN, arguments)
     except BaseException as error:      # a SystemExit too: nothing else may end it
         return None, f"{type(error).__name__}: {error}"
     lines = said.getvalue().splitlines()
@@ -80,12 +97,11 @@ def knock(arguments: list[str]) -> tuple[int | None, str]:
     return status, "" if right else f"status {status}, {lines}"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    loop.Experiment.go = lambda self: self.prepare() if self.config.data.kind != "phantom" else None
+    arguments = parser.parse_args(argv)
     os.chdir(tempfile.mkdtemp())
     Path("root").mkdir()
     for i in range(35):

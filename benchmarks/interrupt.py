@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-HERE = Path(__file__).parents[1]
+HERE = Path(__file__).resolve().parents[1]
 
 
 def start(arguments: list[str]) -> subprocess.Popen:

@@ -1,10 +1,11 @@
 """Large inputs: how long, and how much memory at the peak?
 
-    python benchmarks/load.py [--images 100000] [--rows 1000000]
+    python benchmarks/load.py [--images 100000] [--rows 10000]
 
 A folder of small images, decoded, cached, split and read again from the cache; the nearest
-training image of a thousand among all of them; a ledger of synthetic images. Each part is a process
-of its own. Needs 600 MB of disk in the temporary folder for its time.
+training image of a thousand among all of them; synthetic images written with their ledger, a file
+and a row each. Each part is a process of its own. Needs 600 MB of disk in the temporary folder for
+its time.
 """
 import argparse
 import os
@@ -14,18 +15,18 @@ import tempfile
 import time
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from engine import config as configuration
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
-import loop
-from engine.run import Progress
+from engine import config as configuration
+from engine.run import Progress, Run
+from extras import measures, outcome
+from loop import Candidates
 
-HERE, SIZE = Path(__file__).parents[1], 32
+HERE, SIZE = Path(__file__).resolve().parents[1], 32
 
 
 def write_images(count: int) -> None:
@@ -40,28 +41,26 @@ def write_images(count: int) -> None:
 def load(count: int) -> dict:
     c = configuration.load(HERE / "config.yaml", [
         "data.kind=folder", "data.root=root", f"data.size={SIZE}", "data.malignant=[mel]"])
-    return data.load(**vars(c.data), cache="cache", progress=Progress("data"))
+    return data.load(c.data, cache="cache", progress=Progress("data"))
 
 
 def nearest(count: int) -> None:
     images = np.random.default_rng(0).integers(0, 256, (count, 3, SIZE, SIZE), dtype=np.uint8)
-    class Split(SimpleNamespace):
-        __len__ = lambda self: count
-    loop.Experiment.nearest(SimpleNamespace(seen=Split(images=images)), images[:1000])
+    measures.nearest(images[:1000], images)
 
 
 def ledger(count: int) -> None:
-    """loop.write_synthetic without the pictures: a million files are the file system's matter."""
-    loop.save_picture = lambda path, picture: None
-    loop.pictures.one = lambda image: None
-    few = np.arange(count) % 1000
-    train = SimpleNamespace(class_names=("mel", "nv"), group_names=(), labels=few % 2,
-                            sources=np.array([f"image-{i}" for i in range(1000)]), folds=few % 3)
-    made = SimpleNamespace(parents=few, targets=np.full(count, -1), judge=np.ones(count),
-                           distance=np.ones(count), seeds=np.arange(count), images=few)
-    experiment = SimpleNamespace(train=train, run=SimpleNamespace(folder=Path(".")))
-    loop.Experiment.write_synthetic(experiment, [{"made": made, "kept": np.arange(count)}])
-    with open("synthetic/synthetic.csv") as file:
+    """`count` images of 8 pixels by outcome.write_synthetic."""
+    few, names = np.arange(count) % 1000, np.array([f"image-{i}" for i in range(1000)])
+    images = np.zeros((count, 3, 8, 8), np.uint8)
+    train = data.ImageSet(images, few % 2, np.full(count, -1), names[few], few % 3, names[few],
+                          ("mel", "nv"), (), (True, False))
+    made = Candidates(train, few, train.groups, judge=np.ones(count), distance=np.ones(count),
+                      rejected_by=np.zeros(count, int), nonfinite_gradients=0)
+    Path("ledger").mkdir()
+    run = Run(Path("ledger"), configuration.load(HERE / "config.yaml"))
+    outcome.write_synthetic(run, train, [made], most=count)
+    with open("ledger/synthetic/synthetic.csv") as file:
         assert sum(1 for _ in file) == count + 1
 
 
@@ -75,7 +74,7 @@ def measured(part, count: int, answer) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=100_000)
-    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--rows", type=int, default=10_000)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -84,7 +83,7 @@ def main() -> None:
                 ("nothing but the imports", len, []), ("decode and split", load, arguments.images),
                 ("again, from the cache", load, arguments.images),
                 ("nearest of 1,000 images", nearest, arguments.images),
-                ("ledger", ledger, arguments.rows)):
+                ("images and ledger", ledger, arguments.rows)):
             answer = get_context("spawn").Queue()
             process = get_context("spawn").Process(target=measured, args=(part, count, answer))
             process.start()

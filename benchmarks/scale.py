@@ -1,14 +1,14 @@
-"""How do the seconds and the memory of every stage grow with images, pixels, arms and seeds?
+"""How do the seconds and the memory of every phase grow with images, pixels, arms and seeds?
 
     python benchmarks/scale.py
-    python benchmarks/scale.py --images 1000 10000 100000 --sizes 32 64 128     # all; 7 GB of disk
+    python benchmarks/scale.py --images 1000 10000 100000 --sizes 32 64    # several GB of memory
 
 Every cell is the whole loop in a process of its own, with few training steps: the config sets their
 number, so that what grows is all the rest. The images are files of four classes, coarse patches,
 since the phantom takes 1 to 10 ms to draw one; without groups, so that children are variations of
-their parent. A hundredth is generated, val and test each. Memory is the peak of a stage beyond the
-imports (torch among them), mapped files included and what an earlier stage freed but the process
-kept; on Linux alone. Under 10 minutes on two cores.
+their parent. A hundredth is generated, val and test each. Memory is the peak of a phase beyond the
+imports (torch among them), what an earlier phase freed but the process kept included; on Linux
+alone. Under 10 minutes on two cores.
 """
 import argparse
 import contextlib
@@ -25,10 +25,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine import config as configuration
 import loop
-from engine.run import RunFolder, one_line
+from engine.command import one_line
+from engine.run import Run
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs/ham10000_cpu.yaml"
 FEW = ["ddpm.steps=60", "classifier.steps=60", "classifier.guide_steps=20", "ddpm.batch=16",
@@ -36,9 +37,32 @@ FEW = ["ddpm.steps=60", "classifier.steps=60", "classifier.guide_steps=20", "ddp
        "guidance.strength=0.3", "loop.margin=1",
        "loop.added=0.01", "loop.surplus=1.0", "loop.arms=[real, recolour, guided]", "data.folds=2",
        "data.val_fraction=0.01", "data.test_fraction=0.01", "evaluate.draws=100"]
-STAGES = {"prepare": "data", "train_generator": "diffusion model, guide", "train_judge": "judge",
-          "judge_train": "cross-fitting", "candidates": "candidates, filter", "run_arms": "arms",
-          "quality": "generator's quality", "finish": "scores, report"}
+# a phase lasts from the first stage whose name begins so until the next phase
+PHASES = {"": "data, estimate", "ddpm": "diffusion model, guide", "judge": "judge",
+          "crossfit": "cross-fitting", "mined": "candidates, filter", "student": "arms",
+          "critic": "generator's quality, scores, report"}
+
+
+class Watched(Run):
+    """A run that tells `lap` which phase has ended, when the first stage of the next begins."""
+
+    def __init__(self, folder: Path, config, lap):
+        super().__init__(folder, config)
+        self.lap, self.phase = lap, ""
+
+    def begin(self, name: str) -> None:
+        phase = max((start for start in PHASES if name.startswith(start)), key=len)
+        if phase not in ("", self.phase):
+            self.lap(PHASES[self.phase])
+            self.phase = phase
+
+    def stage(self, name, *args, **settings):
+        self.begin(name)
+        return super().stage(name, *args, **settings)
+
+    def train(self, name, *args, **settings):
+        self.begin(name)
+        return super().train(name, *args, **settings)
 
 
 def peaks() -> tuple[float, float]:
@@ -53,34 +77,24 @@ def peaks() -> tuple[float, float]:
 
 
 def cell(folder: str, size: int, changes: list[str]) -> dict:
-    """The loop on folder/images, in the process it is called in: {stage: (seconds, MiB, MiB)}."""
-    rows = {name: (0.0, 0.0, 0.0) for name in (*STAGES.values(), "the rest")}
-    (imports, _), begun = peaks(), time.monotonic()
+    """The loop on folder/images, in the process it is called in: {phase: (seconds, MiB, MiB)}."""
+    rows, (imports, _), begun = {}, peaks(), time.monotonic()
 
     def lap(name):
         nonlocal begun
-        now, (resident, gpu), before = time.monotonic(), peaks(), rows[name]
+        now, (resident, gpu) = time.monotonic(), peaks()
+        before = rows.get(name, (0.0, 0.0, 0.0))        # of an earlier round
         rows[name] = (before[0] + now - begun, max(before[1], resident - imports),
                       max(before[2], gpu))
         begun = now
-
-    def watched(stage, name):
-        def call(*arguments, **named):
-            lap("the rest")
-            result = stage(*arguments, **named)
-            lap(name)
-            return result
-        return call
     os.makedirs(f"{folder}/runs/scale")
     os.chdir(folder)
     c = configuration.load(CONFIG, ["data.kind=folder", "data.root=images", "data.malignant=[a]",
                                     f"data.size={size}", *FEW, *changes])
-    experiment = loop.Experiment(c, RunFolder(Path("runs", "scale")))
-    for method, name in STAGES.items():
-        setattr(experiment, method, watched(getattr(experiment, method), name))
     with contextlib.redirect_stdout(sys.stderr):
-        experiment.go()
-    lap("the rest")
+        run = Watched(Path("runs", "scale"), c, lap)
+        loop.experiment(run)
+    lap(PHASES[run.phase])
     seconds, *highest = zip(*rows.values())
     return {**rows, "the whole loop": (sum(seconds), *map(max, highest))}
 
@@ -99,15 +113,15 @@ def measure(count: int, size: int, changes: list[str]) -> dict:
 
 
 def show(title: str, columns: dict, tenfold: float = 0.0) -> None:
-    """A row a stage. tenfold: how many times ten lie between the first column and the last."""
-    print(f"\n{title}\n\n| stage | {' | '.join(columns)} |{' ten times as many |' * bool(tenfold)}")
+    """A row a phase. tenfold: how many times ten lie between the first column and the last."""
+    print(f"\n{title}\n\n| phase | {' | '.join(columns)} |{' ten times as many |' * bool(tenfold)}")
     print("| --- " * (len(columns) + 1 + bool(tenfold)) + "|")
     for name in next(iter(columns.values())):
         rows = [column[name] for column in columns.values()]
         told = [f"{s:.1f} s, {memory:,.0f} MiB" + f", GPU {gpu:,.0f} MiB" * bool(gpu)
                 for s, memory, gpu in rows]
         if tenfold:
-            ratio = rows[-1][0] / max(rows[0][0], 1e-9)     # a stage may not have been needed
+            ratio = rows[-1][0] / rows[0][0]
             told.append(f"x {ratio ** (1 / tenfold):.1f}")
         print(f"| {name} | {' | '.join(told)} |", flush=True)
 

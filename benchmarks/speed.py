@@ -31,7 +31,7 @@ import classifier
 import ddpm
 import diffusers_unet
 import guidance
-from engine.training import Recorded, keep_freed_memory, seeded
+from engine.training import EMA, Recorded, keep_freed_memory, seeded
 from unet import UNet
 
 SHAPES = {"cpu": (32, 64, 64, (1, 2, 2)), "cuda": (64, 128, 96, (1, 2, 2, 3))}
@@ -41,12 +41,12 @@ BLOCKS, T = 2, 1000
 
 
 def ours(patch: int) -> UNet:
-    return seeded(0, lambda: UNet(SIZE, 4, 6, WIDTH, MULTIPLIERS, BLOCKS, 8 // patch, patch))
+    return seeded(0, UNet, SIZE, 4, 6, WIDTH, MULTIPLIERS, BLOCKS, 8 // patch, patch)
 
 
 def trainer(network, call, bf16: bool, device, recorded: bool, compiled: bool):
     """A function that does one training step."""
-    schedule, ema = ddpm.Schedule(T, device=device), ddpm.EMA(network, 0.995)
+    schedule, ema = ddpm.Schedule(T, device=device), EMA(network, 0.995)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True, capturable=recorded)
     predict = torch.compile(network, dynamic=False) if compiled else network
     generator = torch.Generator(device).manual_seed(0)
@@ -131,8 +131,8 @@ def our_work(device) -> dict:
         work |= {"training: ours, folded, bf16, recorded": training(folded, True, True, False),
                  "training: ours, folded, bf16, neither": training(folded, True, False, False)}
     plain, folded = ours(1).to(device), ours(2).to(device)
-    small = seeded(0, lambda: classifier.build("small", SIZE, 4, T)).to(device).eval()
-    large = seeded(0, lambda: classifier.ResNet(4, (2, 2, 2), WIDTH, "small", T)).to(device).eval()
+    small = seeded(0, classifier.build, "small", SIZE, 4, T).to(device).eval()
+    large = seeded(0, classifier.ResNet, 4, (2, 2, 2), WIDTH, "small", T).to(device).eval()
     return work | {
         "sampling: ours, folded": (sampler(folded, True, device), None),
         "sampling: ours, folded, small guide": (sampler(folded, True, device, small), None),

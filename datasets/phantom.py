@@ -1,24 +1,21 @@
 """Dermoscopy phantom: procedural pictures of skin lesions whose truth is known. NumPy only.
 
-Four classes after the ABCD rule (Stolz et al. 1994) and pattern analysis (Pehamberger et al. 1987),
-on skin of the six Fitzpatrick types, with ten hidden subtypes that no model is told. A picture is
-painted in pigment, not in RGB: maps of epidermal melanin, blood, dermal melanin and white scatter
-go through one small optical model (`reflect`). What lies deep (erythema, vessels, blue veil)
-therefore fades under dark skin by itself, and no channel gain turns one skin type into another.
+Four classes on skin of the six Fitzpatrick types, with ten hidden subtypes that no model is told.
+A picture is painted in pigment, not in RGB: maps of melanin, blood, deep melanin and white scatter
+go through one small optical model (`reflect`). What lies deep (erythema, vessels, blue veil) fades
+under dark skin by itself, and no channel gain turns one skin type into another. A teaching toy, no
+model of disease: class and skin type are drawn independently; frequencies "raised" exceed the
+clinic's, so that a few thousand pictures hold enough of every subtype.
 
-    draw(1500, 32, seed=0)                         a training collection, mostly light skin
-    draw(1200, 32, seed=1, group_weights=EVEN)     a test population, even over the types
-
-A teaching toy, not a model of disease: class and skin type are drawn independently, and frequencies
-marked "raised" exceed the clinic's, so that a few thousand pictures hold enough of every subtype.
-
-Sources: Stolz et al. 1994, Eur J Dermatol 4:521; Pehamberger et al. 1987, J Am Acad Dermatol
-17:571; Zalaudek et al. 2007, Arch Dermatol 143:351; Gloster & Neal 2006, J Am Acad Dermatol 55:741;
-Koch & Lange 2000, J Am Acad Dermatol 42:731; Bradford et al. 2009, Arch Dermatol 145:427;
-Saida et al. 2004, Arch Dermatol 140:1233; Jacques 2013, Phys Med Biol 58:R37.
-"""
+Sources: the ABCD rule, Stolz et al. 1994, Eur J Dermatol 4:521; pattern analysis, Pehamberger et
+al. 1987, J Am Acad Dermatol 17:571; Zalaudek et al. 2007, Arch Dermatol 143:351; Gloster & Neal
+2006, J Am Acad Dermatol 55:741; Koch & Lange 2000, ibid. 42:731; Bradford et al. 2009, Arch
+Dermatol 145:427; Saida et al. 2004, ibid. 140:1233; Jacques 2013, Phys Med Biol 58:R37."""
 import numpy as np
 
+from datasets.layouts import DataError
+
+DRAWS = ("train", "val", "test", "oracle")      # independent streams of one seed
 CLASS_NAMES = ("nv", "bkl", "bcc", "mel")
 MALIGNANT = (False, False, True, True)
 GROUP_NAMES = ("I", "II", "III", "IV", "V", "VI")      # Fitzpatrick skin types
@@ -39,9 +36,8 @@ SUBTYPE_SHARE = np.array([
     (.85, .85, .85, .85, .85, .85), (.15, .15, .15, .15, .15, .15),
     # bcc. Pigmented in over half on dark skin, about 6 % on white skin (Gloster & Neal 2006).
     (.93, .92, .85, .65, .45, .40), (.07, .08, .15, .35, .55, .60),
-    # mel. Amelanotic: 2-8 % (Koch & Lange 2000). Acral lentiginous: 1 % of melanomas in white, 9 %
-    # in Hispanic white, 18 % in Asian, 36 % in black Americans (Bradford et al. 2009), of all
-    # melanomas, many of which have no type on record; of the typed ones its share is larger.
+    # mel. Amelanotic: 2-8 % (Koch & Lange 2000). Acral: 1, 9, 18, 36 % of melanomas in white,
+    # Hispanic white, Asian, black Americans (Bradford et al. 2009), more of those of known type.
     (.91, .90, .85, .75, .46, .34), (.07, .07, .06, .05, .04, .04), (.02, .03, .09, .20, .50, .62)])
 
 # One row a subtype; the values are ours. Quantities are means (optical densities, lengths in half
@@ -49,7 +45,6 @@ SUBTYPE_SHARE = np.array([
 COLUMNS = ("radius", "atypia", "melanin", "blood", "bleach", "sharp", "network", "globules",
            "cysts", "vessels", "dotted", "nests", "veil", "regression", "ridges", "furrows")
 RECIPES = np.array([
-    # radius ... sharp          | network ...
     (.46, .27, .85, .02, .0, .3, .75, .40, .03, .03, .03, .02, .03, .03, .0, .0),   # common nevus
     (.40, .25, .25, .30, .1, .5, .10, .35, .02, .05, .75, .02, .05, .02, .0, .0),   # Spitz nevus
     (.46, .28, .80, .02, .0, .3, .00, .20, .00, .00, .00, .00, .02, .02, .06, .90),  # acral nevus
@@ -61,74 +56,70 @@ RECIPES = np.array([
     (.54, .74, .24, .32, .3, .3, .04, .08, .02, .15, .80, .03, .25, .55, .0, .0),   # amelanotic
     (.62, .65, 1.1, .03, .0, .2, .00, .20, .00, .00, .03, .00, .30, .15, .86, .10)])  # acral mel.
 # Parallel ridges: sensitivity 86 %, specificity 99 % for early acral melanoma (Saida et al. 2004).
-ACRAL = (2, 9)
-SPITZ = 1
-
-# Skin by type I-VI. Density of epidermal melanin; strength of the net that melanin draws around the
-# follicles; visible redness; share with freckles.
-SKIN_MELANIN = np.array((.10, .19, .34, .62, 1.02, 1.60))
-SKIN_NET = np.array((.0, .0, .05, .10, .15, .18))
-SKIN_BLOOD = np.array((.16, .15, .14, .13, .12, .12))
-SKIN_FRECKLES = np.array((.30, .20, .05, .0, .0, .0))
-# Absorption of R, G, B per unit density: melanin's falls towards red, haemoglobin's is green and
-# blue (shapes after Jacques 2013).
+ACRAL, SPITZ = (2, 9), 1
+SKIN_MELANIN = np.array((.10, .19, .34, .62, 1.02, 1.60))   # density by type I-VI
+SKIN_NET = np.array((.0, .0, .05, .10, .15, .18))           # melanin's net around the follicles
+SKIN_BLOOD = np.array((.16, .15, .14, .13, .12, .12))       # visible redness
+SKIN_FRECKLES = np.array((.30, .20, .05, .0, .0, .0))       # share with freckles
+# Absorption of R, G, B per unit density (shapes after Jacques 2013)
 MELANIN_RGB, BLOOD_RGB = (.72, 1.0, 1.3), (.10, 1.0, .80)
 DERMIS_RGB, DEEP_RGB = (.96, .87, .80), (.32, .37, .44)  # deep melanin looks blue (Tyndall)
 MELANIN_GLOW, SURFACE = (.09, .07, .06), .03             # light that never passed the pigment
-
 CHUNK = 2 ** 18       # picture elements painted at a time: one map is 1 MB and stays in cache
 
 
 def draw(count: int, size: int, seed: int, group_weights=COLLECTION,
          class_weights=LONG_TAIL) -> dict:
-    """Draw `count` pictures of `size` x `size` pixels (16 to 128).
-
-    About a quarter of the lesions come in two views, which stand side by side. The same seed and
-    count give the same lesions at every size, and the same bytes at the same size. Weights need not
-    sum to 1. Returns images uint8 (N, 3, size, size); labels, groups, subtypes int64 (N,), indices
-    into CLASS_NAMES, GROUP_NAMES, SUBTYPE_NAMES; lesions (N,) strings such as "L7_00012", seed
-    first. Raises ValueError for a count below 1, another size, or weights that are none.
-    """
+    """`count` pictures of `size` x `size` pixels (16 to 128), the same lesions at every size; about
+    a quarter come in two views, side by side. Returns images uint8 (N, 3, size, size); labels,
+    groups, subtypes int64 (N,), indices into the names above; lesions (N,) such as "L7_00012", seed
+    first. Raises ValueError for a wrong count, size or weights."""
     lesion_of, p = _parameters(count, seed, group_weights, class_weights)
     names = np.array([f"L{seed}_{i:05d}" for i in lesion_of])
     return {"images": _photograph(p, size, np.random.default_rng([seed, 2])), "lesions": names,
             **{k: p[k] for k in ("labels", "groups", "subtypes")}}
 
 
-def carry(count: int, size: int, seed: int, index, groups, *, shot: int = 0,
-          new_view: bool = False, group_weights=COLLECTION,
-          class_weights=LONG_TAIL) -> np.ndarray:
-    """Pictures `index` of draw(count, size, seed) as they were on skin of other types: the truth
-    that a counterfactual is after, and what a perfect generator would make of a parent.
+def collect(name: str, count: int, size: int, seed: int) -> tuple[dict, dict]:
+    """draw() as images.read gives it, from the stream of `name` (see DRAWS), which opens every id.
+    "train" is mostly light skin, all others even over the types, like the deployment. DataError."""
+    weights = COLLECTION if name == "train" else EVEN
+    try:
+        arrays = draw(count, size, stream_seed(seed, name), weights)
+    except ValueError as error:
+        raise DataError(f"data.{name} {count}, data.size {size}: {error}") from None
+    arrays["lesions"] = np.array([f"{name}-{lesion}" for lesion in arrays["lesions"]])
+    arrays["sources"] = np.array([f"{name}-{i:06d}" for i in range(count)])
+    return arrays, {"class_names": CLASS_NAMES, "group_names": GROUP_NAMES,
+                    "malignant": MALIGNANT, "subtype_names": SUBTYPE_NAMES}
 
-    The lesion keeps all but what skin does to it (nevi are darker on darker skin). Skin and sensor
-    noise are drawn anew, with `new_view` pose, hairs and light too, by random stream `shot`.
-    index, groups: (N,) int. Returns uint8 (N, 3, size, size).
-    """
-    _, p = _parameters(count, seed, group_weights, class_weights)
-    p = {k: a[index] for k, a in p.items()}
-    rng = np.random.default_rng([seed, 3 + shot])
-    own, p["groups"] = p["groups"], np.asarray(groups)
-    fresh = _draw_lesions(rng, p["labels"], p["groups"], p["subtypes"])
-    p |= {k: fresh[k] for k in ("skin_melanin", "skin_net", "skin_blood", "freckles")}
-    darker = _melanin(p["subtypes"], p["groups"]) / _melanin(p["subtypes"], own)
-    p["melanin"] = (p["melanin"] * darker).astype(np.float32)
-    if new_view:
-        p |= _draw_views(rng, p["groups"])
-    return _photograph(p, size, rng)
+
+def stream_seed(seed: int, name: str) -> int:
+    """The seed of one of DRAWS."""
+    stream = DRAWS.index(name)
+    return int(np.random.SeedSequence(seed).spawn(stream + 1)[stream].generate_state(1)[0])
 
 
 def _parameters(count, seed, group_weights, class_weights):
     """All that `count` pictures show: the lesion on each, (N,), and a dict of arrays (N, ...)."""
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    group_p = _probabilities("group_weights", group_weights, len(GROUP_NAMES))
-    class_p = _probabilities("class_weights", class_weights, len(CLASS_NAMES))
+    chances = []
+    for name, weights, n in (("group_weights", group_weights, len(GROUP_NAMES)),
+                             ("class_weights", class_weights, len(CLASS_NAMES))):
+        w = np.asarray(weights, float)
+        if w.shape != (n,) or not np.isfinite(w).all() or (w < 0).any() or w.sum() == 0:
+            raise ValueError(f"{name} must be {n} weights >= 0, not all 0, got {weights}")
+        chances.append(w / w.sum())
     lesion_rng, view_rng = (np.random.default_rng([seed, k]) for k in range(2))
     views = 1 + (lesion_rng.random(count) < .25)
     lesion_of = np.repeat(np.arange(count), views)[:count]
-    truth = _draw_truth(lesion_rng, lesion_of[-1] + 1, group_p, class_p)
-    p = {k: a[lesion_of] for k, a in {**truth, **_draw_lesions(lesion_rng, **truth)}.items()}
+    n = lesion_of[-1] + 1
+    groups, labels = (lesion_rng.choice(len(p), n, p=p) for p in chances)
+    cdf = np.where(np.equal.outer(labels, SUBTYPE_CLASS), SUBTYPE_SHARE.T[groups], 0).cumsum(1)
+    subtypes = (lesion_rng.random((n, 1)) * cdf[:, -1:] >= cdf).sum(1)
+    truth = {"labels": labels, "groups": groups, "subtypes": subtypes}
+    p = {k: a[lesion_of] for k, a in (truth | _draw_lesions(lesion_rng, **truth)).items()}
     return lesion_of, p | _draw_views(view_rng, p["groups"])
 
 
@@ -145,43 +136,22 @@ def _photograph(p, size, noise_rng):
     return images
 
 
-def _probabilities(name, weights, n):
-    """Weights as probabilities, (n,) float64; ValueError unless n finite ones, none negative."""
-    w = np.asarray(weights, float)
-    if w.shape != (n,) or not np.isfinite(w).all() or (w < 0).any() or w.sum() == 0:
-        raise ValueError(f"{name} must be {n} weights >= 0, not all 0, got {weights}")
-    return w / w.sum()
-
-
-# ---- what is drawn: first the truth, then a lesion, then a view of it --------------------------
-
-def _draw_truth(rng, n, group_p, class_p):
-    """Class, skin type, and a subtype by its share in that class on that skin: each (n,) int64."""
-    groups, labels = rng.choice(6, n, p=group_p), rng.choice(4, n, p=class_p)
-    share = np.where(np.equal.outer(labels, SUBTYPE_CLASS), SUBTYPE_SHARE.T[groups], 0)   # (n, 10)
-    cdf = share.cumsum(1)
-    subtypes = (rng.random((n, 1)) * cdf[:, -1:] >= cdf).sum(1)
-    return {"labels": labels, "groups": groups, "subtypes": subtypes}
-
-
 def _draw_lesions(rng, labels, groups, subtypes):
     """The parameters of n lesions and the skin below them, a dict of float32 arrays (n, ...)."""
     n, dark = len(labels), groups / 5
     r = dict(zip(COLUMNS, RECIPES[subtypes].T))
     spread = lambda sigma, *shape: np.exp(sigma * rng.standard_normal((n, *shape)))     # around 1
     atypia = rng.beta(7 * r["atypia"], 7 * (1 - r["atypia"]))    # wide: some nevi look worse than
-    p = {"atypia": atypia}                                       # some melanomas
-    p["radius"] = r["radius"] * spread(.18)
-    p["sharp"] = np.clip(r["sharp"] * spread(.3), .1, 1)
-    p["melanin"] = _melanin(subtypes, groups) * spread(.30)
-    p["blood"], p["bleach"] = r["blood"] * spread(.35), r["bleach"] * spread(.3)
+    p = {"atypia": atypia, "radius": r["radius"] * spread(.18),  # some melanomas
+         "sharp": np.clip(r["sharp"] * spread(.3), .1, 1),
+         "melanin": _melanin(subtypes, groups) * spread(.30),
+         "blood": r["blood"] * spread(.35), "bleach": r["bleach"] * spread(.3)}
     for name in COLUMNS[6:]:
         # What marks a melanoma's disorder shows up more often the more atypical a lesion is.
         chance = r[name] * (.3 + 1.2 * atypia if name in ("veil", "regression") else 1)
         p[name] = (rng.random(n) < chance) * rng.uniform(.45, 1, n)
-
-    k = np.arange(1, 9)
-    p["fourier"] = rng.standard_normal((n, 8)) * (.03 + .20 * atypia[:, None]) / k ** .8
+    p["fourier"] = rng.standard_normal((n, 8)) * (.03 + .20 * atypia[:, None])
+    p["fourier"] /= np.arange(1, 9) ** .8
     p["fourier_phase"] = rng.uniform(0, 2 * np.pi, (n, 8))
     p["stretch"] = np.exp(rng.normal(0, .15, n))
     p["lean"] = rng.standard_normal((n, 2)) * (.1 + .7 * atypia[:, None])    # colour gradient
@@ -191,14 +161,12 @@ def _draw_lesions(rng, labels, groups, subtypes):
     p["net_angle"], p["net_period"] = rng.uniform(0, np.pi, n), rng.uniform(.19, .27, n)
     p["ridge_angle"], p["ridge_period"] = rng.uniform(0, np.pi, n), rng.uniform(.24, .32, n)
     p["acral"] = np.isin(subtypes, ACRAL).astype(float)
-    # Places inside the lesion for 40 spots of every kind, even over a disc.
-    disc = rng.standard_normal((n, 40, 2))
+    disc = rng.standard_normal((n, 40, 2))      # places for 40 spots, even over a disc
     disc *= np.sqrt(rng.random((n, 40, 1))) / np.linalg.norm(disc, axis=2, keepdims=True)
     p["spots"] = disc * p["radius"][:, None, None] * .85
     p["spot_size"] = spread(.25, 40)
     p["freckle_at"] = rng.uniform(-1.4, 1.4, (n, 10, 2))
     p["vessel_lines"] = _draw_trees(rng, n, p["radius"])
-
     # Palms and soles keep little melanin on every skin type.
     p["skin_melanin"] = SKIN_MELANIN[groups] * spread(.13) * (1 - .5 * p["acral"] * dark)
     p["skin_net"] = SKIN_NET[groups] * spread(.3) * (1 - p["acral"])
@@ -208,11 +176,9 @@ def _draw_lesions(rng, labels, groups, subtypes):
 
 
 def _melanin(subtypes, groups):
-    """A lesion's mean melanin: nevi are darker on darker skin (Zalaudek et al. 2007), Spitz nevi
-    pink on light, dark on dark."""
-    dark = groups / 5
-    return (RECIPES[subtypes, COLUMNS.index("melanin")] * (1 + .9 * dark)
-            + np.where(subtypes == SPITZ, .9 * dark, 0))
+    """Nevi are darker on darker skin (Zalaudek et al. 2007), Spitz nevi pink on light skin."""
+    melanin, darker = RECIPES[subtypes, COLUMNS.index("melanin")], .9 * (groups / 5)
+    return melanin * (1 + darker) + np.where(subtypes == SPITZ, darker, 0)
 
 
 def _draw_trees(rng, n, radius):
@@ -236,8 +202,7 @@ def _draw_trees(rng, n, radius):
 
 def _draw_views(rng, groups):
     """How each picture was taken: n sets of pose, hairs, light, blur, noise; float32 (n, ...)."""
-    n, dark = len(groups), groups[:, None] / 5
-    hairs = 4
+    n, hairs, dark = len(groups), 4, groups[:, None] / 5
     v = {"turn": rng.uniform(0, 2 * np.pi, n), "shift": rng.normal(0, .10, (n, 2)),
          "zoom": np.exp(rng.normal(0, .12, n)), "flip": rng.choice((-1, 1), n)}
     angle = rng.uniform(0, 2 * np.pi, (n, 1)) + rng.normal(0, .5, (n, hairs))    # hairs lie one way
@@ -256,7 +221,6 @@ def _draw_views(rng, groups):
 
 
 # ---- painting: each function returns one map (B, H, W) -----------------------------------------
-
 def _col(a):
     """(B,) as (B, 1, 1), to meet a map."""
     return a[:, None, None]
@@ -302,8 +266,7 @@ def _strokes(u, v, strength, lines, pixel):
 
 
 def _honeycomb(u, v, angle, period, warps):
-    """A net of lines around holes: 1 on a line, 0 in a hole. Three gratings 60 degrees apart, each
-    bent by its own warp (B, H, W), so that no two meshes are quite alike."""
+    """A net, 1 on a line, 0 in a hole: three gratings 60 degrees apart, bent by warps (B, H, W)."""
     total = .5 * warps[0]
     for k, warp in enumerate(warps):
         a, f = angle + k * np.pi / 3, 6.28 / period
@@ -332,48 +295,44 @@ def _paint(p, size):
     c, s = _col(np.cos(p["turn"]) * p["zoom"]), _col(np.sin(p["turn"]) * p["zoom"])
     dx, dy = (x - _col(p["shift"][:, 0])) * _col(p["flip"]), y - _col(p["shift"][:, 1])
     u, v = c * dx - s * dy, s * dx + c * dy                     # the lesion's own coordinates
-
     blotch, mottle = _waves(u, v, p["blotch"]), _waves(u, v, p["mottle"])
     inside, depth = _outline(u + .02 * mottle, v + .02 * blotch, p)
-    melanin, blood = _skin(u, v, p, blotch, mottle)
+    # the bare skin: a follicular net, freckles, blotches of redness
+    net, rows = np.zeros_like(u), np.flatnonzero(p["skin_net"])
+    net[rows] = _honeycomb(u[rows], v[rows], p["net_angle"][rows] + .4, np.full(len(rows), .30),
+                           (1.2 * blotch[rows], .9 * mottle[rows], -.9 * mottle[rows])) - .5
+    melanin = _col(p["skin_melanin"]) * (1 + .05 * mottle + 1.3 * _col(p["skin_net"]) * net)
+    melanin += .35 * _spots(u, v, p["freckles"], p["freckle_at"], .08 * p["spot_size"][:, :10])
+    blood = _col(p["skin_blood"]) * (1 + .18 * blotch)
     melanin *= 1 - np.minimum(_col(p["bleach"]), .9) * inside
     pigment = _pigment(u, v, p, inside, depth, blotch, mottle)
-    ridge, furrow = _acral(u, v, p, blotch)
+    # the print of palm and sole: ridges and, between them, thinner furrows
+    ridge, furrow, rows = np.zeros_like(u), np.zeros_like(u), np.flatnonzero(p["acral"])
+    angle, k = p["ridge_angle"][rows], 6.28 / p["ridge_period"][rows]
+    wave = np.cos(_col(k * np.cos(angle)) * u[rows] + _col(k * np.sin(angle)) * v[rows]
+                  + .5 * blotch[rows])
+    ridge[rows], furrow[rows] = _step(2.5 * (wave + .25)), _step(3.0 * (-wave - .55))
     melanin += furrow * (.10 + .25 * melanin)
     pigment *= (1 + _col(p["ridges"]) * (1.3 * ridge - .85)
                 + _col(p["furrows"]) * (1.9 * furrow - .75))
 
-    def spots(name, first, last, size):
-        """The structure `name` at the lesion's places first..last, of about this radius."""
+    def spots(name, first, last, size):     # a structure at places first..last, about this large
         part = slice(first, last)
         return _spots(u, v, p[name], p["spots"][:, part], size * p["spot_size"][:, part])
-
     radius = p["radius"][:, None]
     red = _strokes(u, v, p["vessels"], p["vessel_lines"], pixel) + spots("dotted", 0, 14, .055)
     blood += inside * (_col(p["blood"]) * (1 + .35 * blotch) + .9 * red)
     cysts = spots("cysts", 0, 7, .06)
     dark = spots("globules", 14, 24, .065) + spots("cysts", 24, 28, .06)   # comedo-like openings
     pigment += inside * dark * (.5 + .5 * _col(p["melanin"]))
-    nests = spots("nests", 28, 34, .13)
     veil, scar = spots("veil", 34, 35, .65 * radius), spots("regression", 35, 36, .5 * radius)
     pigment *= 1 - .75 * np.minimum(scar + cysts + .4 * veil, 1)
-    deep = inside * np.minimum(.9 * nests + .75 * veil + .25 * scar, .95)
+    deep = inside * np.minimum(.9 * spots("nests", 28, 34, .13) + .75 * veil + .25 * scar, .95)
     white = inside * (.22 * cysts + .10 * scar + .07 * veil)
     image = reflect(melanin + pigment, blood, deep, white)
     hair = _strokes(x + 0 * u, y + 0 * u, p["hair"], p["hair_lines"], pixel)[:, None]
     tint = np.array((.42, .28, .17), np.float32) * (1 - .85 * p["hair_dark"][:, None])
     return image * (1 - hair) + tint[:, :, None, None] * hair
-
-
-def _skin(u, v, p, blotch, mottle):
-    """Melanin and blood of the bare skin: freckles and blotches of redness, or a follicular net."""
-    net = np.zeros_like(u)
-    rows = np.flatnonzero(p["skin_net"])
-    net[rows] = _honeycomb(u[rows], v[rows], p["net_angle"][rows] + .4, np.full(len(rows), .30),
-                           (1.2 * blotch[rows], .9 * mottle[rows], -.9 * mottle[rows])) - .5
-    freckles = _spots(u, v, p["freckles"], p["freckle_at"], .08 * p["spot_size"][:, :10])
-    melanin = _col(p["skin_melanin"]) * (1 + .05 * mottle + 1.3 * _col(p["skin_net"]) * net)
-    return melanin + .35 * freckles, _col(p["skin_blood"]) * (1 + .18 * blotch)
 
 
 def _pigment(u, v, p, inside, depth, blotch, mottle):
@@ -385,32 +344,16 @@ def _pigment(u, v, p, inside, depth, blotch, mottle):
     bend = .4 + 1.6 * atypia[rows]
     net = _honeycomb(u[rows], v[rows], p["net_angle"][rows], p["net_period"][rows],
                      (bend * blotch[rows], bend * mottle[rows], -bend * mottle[rows]))
-    # It comes in patches, more so with atypia.
     strength = _col(p["network"][rows]) * np.clip(1 - atypia[rows] * (.5 - blotch[rows]), .1, 1)
     tone[rows] *= 1 + strength * (1.1 * net - .55)
     return inside * _col(p["melanin"]) * np.maximum(tone, .1)
 
 
-def _acral(u, v, p, blotch):
-    """The print of palm and sole: (ridge, furrow), 0..1, furrows the thinner lines; elsewhere 0."""
-    ridge, furrow, rows = np.zeros_like(u), np.zeros_like(u), np.flatnonzero(p["acral"])
-    angle, k = p["ridge_angle"][rows], 6.28 / p["ridge_period"][rows]
-    c = np.cos(_col(k * np.cos(angle)) * u[rows] + _col(k * np.sin(angle)) * v[rows]
-               + .5 * blotch[rows])
-    ridge[rows], furrow[rows] = _step(2.5 * (c + .25)), _step(3.0 * (-c - .55))
-    return ridge, furrow
-
-
 def reflect(melanin, blood, deep, white):
     """Optical densities to colour: (B, H, W) each, to (B, 3, H, W).
-
         R = surface + T * dermis + (1 - T) * glow + white,    T = exp(-melanin)
         dermis = (1 - deep) * DERMIS * exp(-blood) + deep * DEEP
-
-    The dermis is seen through the epidermis, so T dims blood and deep pigment alike on dark skin,
-    while surface and glow are not dimmed: contrast falls, and no skin type is a channel gain of
-    another.
-    """
+    T dims blood and deep pigment alike on dark skin, but not surface and glow: contrast falls."""
     planes = []
     for ch in range(3):
         through = np.exp(-MELANIN_RGB[ch] * melanin)
@@ -431,13 +374,9 @@ def _develop(image, p, size, rng):
     light -= _col(p["vignette"]) * r2 / 2
     light *= _step((_col(p["tube"]) - np.sqrt(r2)) / .04) * .95 + .05
     image = image * light[:, None] * p["exposure"][:, :, None, None]
-    w = .25 * p["blur"][:, None, None, None]
     for axis in (2, 3):                                         # a 3-tap blur each way
-        pad = [(0, 0)] * 4
-        pad[axis] = (1, 1)
-        wide = np.pad(image, pad, mode="edge")
-        lo, hi = (wide[:, :, k:k + fine] if axis == 2 else wide[..., k:k + fine] for k in (0, 2))
-        image = image + w * (lo + hi - 2 * image)
+        lo, hi = (image.take(np.clip(np.arange(fine) + k, 0, fine - 1), axis) for k in (-1, 1))
+        image = image + .25 * p["blur"][:, None, None, None] * (lo + hi - 2 * image)
     f = fine // size
     image = image.reshape(len(image), 3, size, f, size, f).mean((3, 5))
     sigma = p["noise"][:, None, None, None] * (.35 + .65 * image)       # more noise in more light

@@ -1,180 +1,109 @@
-"""The configuration: one yaml file, one section per module, every key checked before anything runs.
-
-config.yaml holds every key with its default, unit and reason; another file `extends:` it and says
-only what differs; `--set section.key=value` overrides both.
-"""
-import dataclasses
+"""The configuration, every key checked before anything runs. config.yaml holds each with its
+default, unit and reason; others `extends:` it, and `--set section.key=value` overrides both."""
+import copy
 import difflib
+import functools
 import math
-import typing
-from dataclasses import dataclass, field
+import os
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import yaml
 
-ARMS = ("real", "balanced", "pseudo", "replay", "recolour", "noise", "external", "random",
-        "guided")
+DEFAULTS = Path(__file__).parents[1] / "config.yaml"
+WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
+
+# Two numbers: the least and the most. Texts: the choices. In []: of a list's every entry. A value's
+# type is its rule's, or its default's.
+RULES = {
+    "data": dict(kind=("phantom", "ham10000", "isic", "fitzpatrick17k", "dermamnist", "folder",
+                       "csv"), size=(16, 512), seed=(0, 2 ** 32), val_fraction=(0.01, 0.5),
+                 test_fraction=(0.01, 0.5), labelled=(0.001, 1.0), split_by=("lesion", "image"),
+                 train=(40, 10 ** 6), val=(40, 10 ** 6), test=(40, 10 ** 6), folds=(2, 20)),
+    "unet": dict(width=(16, 1024), multipliers=[(1, 16)], blocks=(1, 8), attention=(0, 64),
+                 patch=(1, 8)),
+    "ddpm": dict(T=(10, 10_000), schedule=("cosine", "linear"), prediction=("v", "eps"),
+                 steps=(1, None), batch=(2, 10 ** 5), lr=(1e-7, 1.0), ema=(0.0, 0.99999),
+                 drop=(0.0, 0.9), classifier_weight=(0.0, 10.0), classifier_probability=(0.0, 1.0)),
+    "classifier": dict(network=("auto", "small", "resnet18", "resnet34", "resnet50"),
+                       steps=(1, None), guide_steps=(1, None), batch=(2, 10 ** 5),
+                       lr=(1e-7, 1.0), jitter=[(0.0, 3.0)]),
+    "guidance": dict(targets=("hard", "groups"), start=("counterfactual", "recoloured", "parent"),
+                     depth=(0.05, 1.0), strength=(0.05, 1.0), steps=(1, None),
+                     classifier_free=(0.0, 20.0), objectives=(0.0, 10.0)),
+    "evaluate": dict(min_count=(1, None), draws=(100, 10 ** 6), oracle=(100, 10 ** 6)),
+    "loop": dict(seed=(0, 2 ** 32), seeds=(1, 100), rounds=(1, 20), margin=(-1.0, 1.0),
+                 added=(0.01, 20.0), surplus=(1.0, 10.0), share=(0.01, 0.9),
+                 bf16=("auto", "true", "false")),
+}
 
 
 class ConfigError(ValueError):
     """One line that names the key, what was found and what to write instead."""
 
 
-def within(low: float | None = None, high: float | None = None, *, choices: tuple = (),
-           least: int = 0):
-    """A field whose value (or whose every entry) lies in [low, high] or among `choices`; a list
-    has at least `least` entries."""
-    return field(metadata={"low": low, "high": high, "choices": choices, "least": least})
+def require(condition, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
 
 
-@dataclass(frozen=True)
-class Data:
-    kind: str = within(choices=("phantom", "ham10000", "isic", "fitzpatrick17k", "dermamnist",
-                               "folder", "csv"))
-    root: str
-    size: int = within(16, 512)
-    seed: int = within(0, 2 ** 32)
-    train: int = within(40, 10 ** 6)
-    val: int = within(40, 10 ** 6)
-    test: int = within(40, 10 ** 6)
-    val_fraction: float = within(0.01, 0.5)
-    test_fraction: float = within(0.01, 0.5)
-    split_by: str = within(choices=("lesion", "image"))
-    labelled: float = within(0.001, 1)
-    malignant: list[str]
-    image_column: str
-    label_column: str
-    lesion_column: str
-    group: str
-    skip_bad: bool
-    folds: int = within(2, 20)
+class Section(SimpleNamespace):
+    """Values as attributes; vars(section) is the dict."""
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"'{name}': a config does not change, Config.replace makes another")
 
 
-@dataclass(frozen=True)
-class Unet:
-    width: int = within(16, 1024)
-    multipliers: list[int] = within(1, 16, least=1)
-    blocks: int = within(1, 8)
-    attention: int = within(0, 64)
-    patch: int = within(1, 8)
-    joint_head: bool
+class Config(Section):
+    """Sections data, unet, ddpm, classifier, guidance, evaluate and loop: config.ddpm.steps."""
 
+    def as_dict(self) -> dict[str, dict]:
+        return {name: copy.deepcopy(vars(section)) for name, section in vars(self).items()}
 
-@dataclass(frozen=True)
-class Ddpm:
-    T: int = within(10, 10_000)
-    schedule: str = within(choices=("cosine", "linear"))
-    prediction: str = within(choices=("v", "eps"))
-    steps: int = within(1)
-    batch: int = within(2, 10 ** 5)
-    lr: float = within(1e-7, 1)
-    ema: float = within(0, 0.99999)
-    drop: float = within(0, 0.9)
-    classifier_weight: float = within(0, 10)
-    classifier_probability: float = within(0, 1)
-
-
-@dataclass(frozen=True)
-class Classifier:
-    network: str = within(choices=("auto", "small", "resnet18", "resnet34", "resnet50"))
-    weights: str
-    steps: int = within(1)
-    guide_steps: int = within(1)
-    batch: int = within(2, 10 ** 5)
-    lr: float = within(1e-7, 1)
-    jitter: list[float] = within(0, 3, least=1)
-
-
-@dataclass(frozen=True)
-class Guidance:
-    targets: str = within(choices=("hard", "groups", "both"))
-    external: str
-    start: str = within(choices=("counterfactual", "recoloured", "parent"))
-    depth: float = within(0.05, 1)
-    strength: float = within(0.05, 1)
-    steps: int = within(1)
-    classifier_free: float = within(0, 20)
-    class_scale: float = within(0, 10)
-    hardness_scale: float = within(0, 10)
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    min_count: int = within(1)
-    draws: int = within(100, 10 ** 6)
-    oracle: int = within(100, 10 ** 6)
-    inception: str
-
-
-@dataclass(frozen=True)
-class Loop:
-    seed: int = within(0, 2 ** 32)
-    seeds: int = within(1, 100)
-    rounds: int = within(1, 20)
-    arms: list[str] = within(choices=ARMS + ("all",), least=1)
-    margin: float = within(-1, 1)
-    added: float = within(0.01, 20)
-    surplus: float = within(1, 10)
-    share: float = within(0.01, 0.9)
-    mine_from: str = within(choices=("train", "test"))
-    device: str
-    bf16: str = within(choices=("auto", "true", "false"))
-    compile: str = within(choices=("auto", "true", "false"))
-    deterministic: bool
-
-
-@dataclass(frozen=True)
-class Config:
-    data: Data
-    unet: Unet
-    ddpm: Ddpm
-    classifier: Classifier
-    guidance: Guidance
-    evaluate: Evaluate
-    loop: Loop
-
-    def as_dict(self) -> dict:
-        return dataclasses.asdict(self)
+    def replace(self, section: str, **values) -> "Config":
+        """A copy with other values, checked: config.replace("guidance", start="parent")."""
+        return build(merge(self.as_dict(), {section: values}))
 
 
 class Loader(yaml.SafeLoader):
-    """Safe yaml of plain values only. A key written twice is refused: the plain loader silently
-    keeps the last; so are tags, which name types, and anchors, which can multiply without end."""
+    """Safe yaml of plain values only: no tags, which name types, no anchors, which multiply without
+    end, no key written twice, of which the plain loader keeps the last."""
 
     def compose_node(self, parent, index):
         event = self.peek_event()
         found = (event.anchor and f"&{event.anchor}" or getattr(event, "tag", None)
                  or len(getattr(event, "value", "")) > 2000 and "a value of over 2,000 characters")
-        if found:
-            raise ConfigError(f"line {event.start_mark.line + 1}: {found} is not read here; write "
-                              "plain values")
+        require(not found, f"line {event.start_mark.line + 1}: {found} is not read here; write "
+                           "plain values")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise ConfigError(f"key {key!r} is no text: yaml reads on, off, yes and no as "
-                                  "true and false, and bare numbers as numbers; put it in quotes")
-            if key in seen:
-                raise ConfigError(f"key '{key}' stands twice, the second time in line "
-                                  f"{key_node.start_mark.line + 1}: remove one")
-            seen.add(key)
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            require(isinstance(key, str), f"key {key!r} is no text: yaml reads on, off, yes and no "
+                    "as true and false, and bare numbers as numbers; put it in quotes")
+            require(key not in keys[:i], f"key '{key}' stands twice, the second time in line "
+                    f"{node.value[i][0].start_mark.line + 1}: remove one")
         return super().construct_mapping(node, deep)
 
 
 def parse(text: str, where: str):
-    """yaml to Python, with an error of one line."""
     try:
         return yaml.load(text, Loader)          # a subclass of SafeLoader: builds no objects
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not yaml"
-        raise ConfigError(f"{where}{line}: {problem}") from None
+        raise ConfigError(f"{where}{line}: {problem or 'not yaml'}") from None
     except (ValueError, RecursionError) as error:       # ours; an impossible date; too deep a list
         raise ConfigError(f"{where}: {error}") from None
+
+
+def merge(below, above):
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {key: merge(below.get(key), value) for key, value in above.items()}
 
 
 def read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
@@ -182,148 +111,131 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     try:
         here, text = path.resolve(), path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not utf-8 text"
-        raise ConfigError(f"{path}: cannot be read ({reason})") from None
-    if here in seen:
-        raise ConfigError(f"{path}: 'extends' goes round in a circle")
+        said = f"cannot be read ({getattr(error, 'strerror', None) or 'not utf-8 text'})"
+        raise ConfigError(f"{seen[-1]}: 'extends:' leads to {os.path.abspath(path)}, which {said}; "
+                          f"write where that file is, such as {DEFAULTS}" if seen else
+                          f"{path}: {said}") from None
+    require(here not in seen, f"{path}: 'extends' goes round in a circle")
     sections = parse(text, str(path))
-    if not isinstance(sections, dict):
-        raise ConfigError(f"{path}: wanted sections such as 'data:' with keys below them, found "
-                          f"{'nothing' if sections is None else type(sections).__name__}")
-    below = {}
-    if "extends" in sections:
-        parent = sections.pop("extends")
-        if not isinstance(parent, str):
-            raise ConfigError(f"{path}: 'extends' must be the path of another config, "
-                              f"found {parent!r}")
-        below = read(path.parent / parent, (*seen, here))
+    require(isinstance(sections, dict), f"{path}: wanted sections such as 'data:' with keys below "
+            f"them, found {'nothing' if sections is None else type(sections).__name__}")
+    parent = sections.pop("extends", "")
+    require(isinstance(parent, str),
+            f"{path}: 'extends' must be the path of another config, found {parent!r}")
     for name, section in sections.items():
-        if not isinstance(section, dict):
-            raise ConfigError(f"{path}: section '{name}' must hold keys, found {section!r}")
-        below[name] = {**below.get(name, {}), **section}
-    return below
+        require(isinstance(section, dict),
+                f"{path}: section '{name}' must hold keys, found {section!r}")
+    return merge(read(path.parent / parent, (*seen, here)) if parent else {}, sections)
 
 
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(name, known, 1, 0.5)
+defaults = functools.cache(lambda: read(DEFAULTS))      # read once, and not before it is needed
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), 1, 0.5)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
 
 
-def checked(key: str, value, kind, rules: dict):
-    """The value as its declared type, or a ConfigError that names the key."""
-    if typing.get_origin(kind) is list:
-        if not isinstance(value, list):
-            raise ConfigError(f"{key}: wanted a list such as [a, b], found {value!r}")
-        if len(value) < rules.get("least", 0):
-            raise ConfigError(f"{key}: the list is empty, give at least {rules['least']}")
-        entry, = typing.get_args(kind)
-        return [checked(f"{key}[{i}]", v, entry, rules) for i, v in enumerate(value)]
+def checked(key: str, value, default, rule, known: Mapping[str, Iterable[str]] = {}):
+    """The value, of its default's type and within its rule, or a ConfigError that names the key.
+    The rule's type goes first, so that a wrong edit of config.yaml itself is found as well."""
+    if isinstance(default, dict):       # the sections, a section, or a mapping of names to numbers
+        require(isinstance(value, dict),
+                f"{key}: wanted numbers by name such as {default}, found {value!r}")
+        at, names = key and f"{key}.", known.get(key, value) if "." in key else default
+        rules = rule if isinstance(rule, dict) else dict.fromkeys(value, rule)
+        for name in {**value, **default, **rules}:
+            require(name in value, f"{at}{name} is missing: begin the file with "
+                                   "'extends: config.yaml', which holds every key")
+            if name not in names:
+                raise ConfigError(f"unknown {'key' if key else 'section'} '{at}{name}': "
+                                  f"{nearest(name, names)}")
+        return {name: checked(at + name, value[name], default.get(name, 0.0), rules.get(name, ()),
+                              known) for name in default | value}
+    if isinstance(rule or default, list):
+        require(isinstance(value, list), f"{key}: wanted a list such as [a, b], found {value!r}")
+        require(value or not (rule or default), f"{key}: the list is empty, give at least 1")
+        default, rule = ("", rule[0]) if rule else ((default or [""])[0], tuple(known.get(key, ())))
+        return [checked(f"{key}[{i}]", entry, default, rule) for i, entry in enumerate(value)]
+    rule = tuple(known.get(key, rule))
+    kind = type(rule[0] if rule else "" if default is None else default)
     if kind is float and type(value) is int:
         value = float(str(value))       # of text, so that 400 digits are infinite and no error
-    if kind is str and isinstance(value, bool):
+    elif kind is str and type(value) is bool:
         value = str(value).lower()
-    if type(value) is not kind:
-        hint = ""
-        if kind is float and isinstance(value, str):
-            try:
-                hint = f" (yaml reads {value} as text: write {float(value)!r} as 1.0e-4 is written)"
-            except ValueError:
-                pass
-        word = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
-        raise ConfigError(f"{key}: wanted {word}, found {value!r}{hint}")
-    if kind is float and not math.isfinite(value):
-        raise ConfigError(f"{key}: wanted a finite number, found {value!r}")
-    low, high, choices = (rules.get(k) for k in ("low", "high", "choices"))
-    if choices and value not in choices:
-        raise ConfigError(f"{key}: found {value!r}, {nearest(value, choices)}")
-    if low is not None and value < low or high is not None and value > high:
-        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ConfigError(f"{key}: wanted {bounds}, found {value!r}")
+    if type(value) is not kind or kind is float and not math.isfinite(value):
+        digits = r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
+        hint = (f" (yaml reads {value} as text: write {float(value)!r} as 1.0e-4 is written)"
+                if kind is float and re.fullmatch(digits, str(value), re.I) else "")
+        raise ConfigError(f"{key}: wanted {WORDS[kind]}, found {value!r}{hint}")
+    if rule and kind is str:
+        require(value in rule, f"{key}: found {value!r}, {nearest(value, rule)}")
+    elif rule:
+        low, high = rule
+        bounds = f"between {low} and {high}" if high else f"at least {low}"
+        require(low <= value <= (high or math.inf), f"{key}: wanted {bounds}, found {value!r}")
     return value
 
 
-def build(sections: dict) -> Config:
-    """Sections to a Config: every key known, present, of its type and in its range."""
-    kinds = typing.get_type_hints(Config)
-    for name in sections:
-        if name not in kinds:
-            raise ConfigError(f"unknown section '{name}': {nearest(name, kinds)}")
-    built = {}
-    for name, kind in kinds.items():
-        given = sections.get(name, {})
-        fields, types = {f.name: f for f in dataclasses.fields(kind)}, typing.get_type_hints(kind)
-        for key in given:
-            if key not in fields:
-                raise ConfigError(f"unknown key '{name}.{key}': {nearest(key, fields)}")
-        for key in fields:
-            if key not in given:
-                raise ConfigError(f"{name}.{key} is missing: begin the file with "
-                                  "'extends: config.yaml', which holds every key")
-        built[name] = kind(**{key: checked(f"{name}.{key}", given[key], types[key],
-                                           fields[key].metadata) for key in fields})
-    config = Config(**built)
-    check_together(config)
-    return config
-
-
-def check_together(c: Config) -> None:
+def check_together(c: Config) -> Config:
     """What no key can know alone."""
+    d, k, g, arms = c.data, c.classifier, c.guidance, {*c.loop.arms}
+    phantom, inverts = d.kind == "phantom", g.start == "counterfactual"
     unit = c.unet.patch * 2 ** (len(c.unet.multipliers) - 1)
-    if c.data.size % unit:
-        raise ConfigError(f"data.size: {c.data.size} must be a multiple of {unit}, unet.patch "
-                          "times 2 for every level after the first in unet.multipliers")
-    if c.unet.width % 16:
-        raise ConfigError(f"unet.width: {c.unet.width} must be a multiple of 16")
-    if c.unet.joint_head and not c.ddpm.classifier_weight:
-        raise ConfigError("unet.joint_head: the head learns with ddpm.classifier_weight, write one "
-                          "above 0 such as 0.2; found 0")
-    if c.data.kind == "phantom" and c.data.size > 128:
-        raise ConfigError("data.size: the phantom is drawn at 16 to 128 pixels, "
-                          f"found {c.data.size}")
-    if c.data.kind != "phantom" and not c.data.root:
-        raise ConfigError(f"data.root: data.kind '{c.data.kind}' needs the folder of the images")
-    if c.data.kind in ("folder", "csv") and not c.data.malignant:
-        raise ConfigError("data.malignant: name the malignant classes, such as [mel]")
-    if c.data.kind == "csv" and not (c.data.image_column and c.data.label_column):
-        raise ConfigError("data.image_column, data.label_column: name the columns of the csv that "
-                          "hold each image's file and class")
-    if c.data.kind == "phantom" and c.data.group or (
-            c.data.kind == "folder" and c.data.group not in ("", "ita")):
-        raise ConfigError(f"data.group: kind {c.data.kind} has no columns, found '{c.data.group}'; "
-                          "write \"\" for none, or with a folder ita")
-    if c.data.val_fraction + c.data.test_fraction > 0.8:
-        total = c.data.val_fraction + c.data.test_fraction
-        raise ConfigError("data.val_fraction + data.test_fraction: at most 0.8, something must be "
-                          f"left to train on; found {total:.2f}")
-    if c.classifier.weights and c.classifier.network in ("auto", "small"):
-        raise ConfigError(f"classifier.network: found '{c.classifier.network}'; classifier.weights "
-                          "are of resnet18, resnet34 or resnet50: write which")
-    depth = c.guidance.depth if c.guidance.start == "counterfactual" else c.guidance.strength
-    if c.guidance.steps > int(depth * c.ddpm.T):
-        raise ConfigError(f"guidance.steps: {c.guidance.steps} steps do not fit into the "
-                          f"{int(depth * c.ddpm.T)} noise levels that they cross")
-    if "real" not in c.loop.arms and "all" not in c.loop.arms:
-        raise ConfigError("loop.arms: 'real' is the arm that all others are compared with, add it")
-    if ("external" in c.loop.arms) > bool(c.guidance.external):
-        raise ConfigError("guidance.external: arm 'external' needs the folder or csv of its images")
-    if bool(c.guidance.external) > bool({"external", "all"} & set(c.loop.arms)):
-        raise ConfigError("guidance.external: add 'external' to loop.arms, the arm of these images")
-    if "pseudo" in c.loop.arms and c.data.labelled == 1:
-        raise ConfigError("loop.arms: 'pseudo' needs images whose class is not told: write "
-                          "data.labelled below 1, or leave it out")
-    if c.loop.mine_from == "test" and "guided" not in c.loop.arms and "all" not in c.loop.arms:
-        raise ConfigError("loop.mine_from: 'test' is shown beside the clean loop: add 'guided' to "
-                          "loop.arms")
+    levels = int((g.depth if inverts else g.strength) * c.ddpm.T)
+    for wrong, message in (
+        (d.size % unit, f"data.size: {d.size} must be a multiple of {unit}, unet.patch times 2 for "
+         "every level after the first in unet.multipliers"),
+        (c.unet.width % 16, f"unet.width: {c.unet.width} must be a multiple of 16"),
+        (c.ddpm.joint_head and not c.ddpm.classifier_weight, "ddpm.joint_head: the head learns "
+         "with ddpm.classifier_weight, write one above 0 such as 0.2; found 0"),
+        (phantom and d.size > 128, f"data.size: the phantom has 16 to 128 pixels, found {d.size}"),
+        (not phantom and not d.root, f"data.root: kind '{d.kind}' needs the folder of the images"),
+        (d.kind in ("folder", "csv") and not d.malignant,
+         "data.malignant: name the malignant classes, such as [mel]"),
+        (d.kind == "csv" and not (d.image_column and d.label_column), "data.image_column, "
+         "data.label_column: name the columns of the csv that hold each image's file and class"),
+        (phantom and d.group or d.kind == "folder" and d.group not in ("", "ita"), "data.group: "
+         f"kind {d.kind} has no columns, found '{d.group}'; write \"\" or, with a folder, ita"),
+        (d.val_fraction + d.test_fraction > 0.8, "data.val_fraction + data.test_fraction: at most "
+         f"0.8, the rest is train; found {d.val_fraction + d.test_fraction:.2f}"),
+        (k.weights and k.network in ("auto", "small"), f"classifier.network: found '{k.network}'; "
+         "classifier.weights are of resnet18, resnet34 or resnet50: write which"),
+        (g.steps > levels, f"guidance.steps: {g.steps} do not fit into the {levels} noise levels"),
+        (inverts and g.sampler == "ddpm", "guidance.sampler: 'ddpm' draws noise anew and forgets "
+         "the parent of a counterfactual: write ddim or dpm, or guidance.start: parent"),
+        (not arms & {"real", "all"}, "loop.arms: add 'real', with which all others are compared"),
+        ("external" in arms and not g.external,
+         "guidance.external: arm 'external' needs the folder or csv of its images"),
+        (g.external and not arms & {"external", "all"},
+         "guidance.external: add 'external' to loop.arms, the arm of these images"),
+        ("pseudo" in arms and d.labelled == 1, "loop.arms: 'pseudo' needs images whose class is "
+         "not told: write data.labelled below 1, or leave it out"),
+        ("leaked" in arms and not arms & {"guided", "all"},
+         "loop.arms: 'leaked' is shown beside the clean loop: add 'guided'"),
+    ):
+        require(not wrong, message)
+    return c
 
 
-def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """Read, extend, override and check a config. overrides: 'section.key=value', value in yaml."""
+def build(sections: dict, known: Mapping[str, Iterable[str]] = {}) -> Config:
+    """Sections to a Config: every key known, present, of its type and in its range."""
+    built = checked("", sections, defaults(), RULES, known)
+    return check_together(Config(**{name: Section(**keys) for name, keys in built.items()}))
+
+
+def load(path: str | Path, overrides: Iterable[str] = (), known: Mapping = {}) -> Config:
+    """Read, extend, override and check. overrides: 'section.key=value' in yaml, or of an entry of a
+    mapping 'section.key.entry=value'. known: {key: the names that may stand there}."""
     sections = read(Path(path))
     for text in overrides:
         key, equals, value = text.partition("=")
-        section, dot, name = key.partition(".")
-        if not (equals and dot and section and name):
-            raise ConfigError(f"--set {text}: wanted section.key=value, such as ddpm.steps=500")
-        sections.setdefault(section, {})[name] = parse(value, f"--set {text}") if value else ""
-    return build(sections)
+        section, _, name = key.partition(".")
+        require(equals and section and name,
+                f"--set {text}: wanted section.key=value, such as ddpm.steps=500")
+        value = parse(value, f"--set {text}") if value else ""
+        mapping, _, entry = name.partition(".")
+        if entry and isinstance(defaults().get(section, {}).get(mapping), dict):
+            name, value = mapping, {entry: value}
+        sections = merge(sections, {section: {name: value}})
+    return build(sections, known)

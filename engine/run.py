@@ -1,45 +1,203 @@
 """What a run leaves on disk: stages that are done once, an event log, progress on the terminal.
 
-Every write goes to a temporary name, is flushed and then renamed, so that a file either is whole or
-is not there; a run that is stopped anywhere continues from the last whole file. That is why a
-signal can end the process at once, without waiting for a training step to return.
+Every file is whole or not there: a run that is stopped anywhere goes on from the last whole one.
 """
 import contextlib
+import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
-import signal
+import platform
+import subprocess
 import sys
-import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+
+from engine.config import Config, ConfigError
 
 try:
     import fcntl
 except ImportError:     # Windows: two processes on one run are not told apart
     fcntl = None
 
-FORMAT = 2          # of the checkpoints; another number is not used
+FORMAT = 3          # of the checkpoints; another number is not used
+UNUSABLE = (        # what is wrong where the first n words of a checkpoint's note differ
+    (2, f"no whole checkpoint of format {FORMAT}"),
+    (4, "it belongs to another stage, another config or other data"),
+    (None, "it is damaged, its checksum does not fit"))
 
 
 class RunError(RuntimeError):
     """One line: what of the run folder cannot be used, and what to do."""
 
 
+class Run:
+    """runs/NAME: its config, device and seeds, and what it has finished so far.
+    A checkpoint of another fingerprint is not used; `seconds` of a training kill -9 loses at most.
+    """
+
+    def __init__(self, folder: Path, config: Config, fingerprint: str = "none",
+                 seconds: float = 30):
+        self.folder, self.config, self.fingerprint = folder, config, fingerprint
+        self.seconds, self.saved = seconds, 0.0     # when a training was last saved
+        self.device = pick_device(config.loop.device)
+        self.bf16 = pick_bf16(config.loop.bf16, self.device)
+        self.cache = folder.parent / "cache" / f"{config.data.kind}_{config.data.size}"
+        self.checkpoints = folder / "checkpoints"
+        self.checkpoints.mkdir(exist_ok=True)
+
+    def seed(self, *words) -> int:
+        """A seed for every purpose: unrelated streams of (the run's seed, name, number, ...)."""
+        return derive(self.config.loop.seed, *words)
+
+    def tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.tensor(np.ascontiguousarray(array), device=self.device)
+
+    def log(self, event: str, **details) -> None:
+        """Append one line to log.jsonl."""
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": now, "event": event, "step": None, **details}) + "\n")
+
+    def write(self, name: str, content: bytes | str) -> None:
+        """A file of the run folder, whole or absent."""
+        write_bytes(self.folder / name, content if isinstance(content, bytes) else content.encode())
+
+    def stage(self, name: str, compute: Callable, *args, **settings):
+        """compute(*args, **settings), done once; in a resumed run the stored result: a dict, list
+        or tuple of numbers, text and arrays of numbers."""
+        begun, stored = time.monotonic(), self.load(name)
+        if stored is None:
+            result = compute(*args, **settings)
+            stored = {"result": each(np.ndarray, result, lambda a: torch.from_numpy(a.copy()))}
+            self.finish(name, stored, begun)
+        return each(torch.Tensor, stored["result"], torch.Tensor.numpy)
+
+    def train(self, name: str, network: torch.nn.Module, fit: Callable, *args,
+              **settings) -> torch.nn.Module:
+        """fit(network, *args, **settings) once, with bf16, state, save and on_step of training.fit
+        besides; a resumed run goes on from the middle of it. Returns the network in eval mode.
+        Raises RunError naming the last good checkpoint if the loss is not finite."""
+        partial, begun = f"{name}.partial", time.monotonic()
+        stored = self.load(name, self.device)
+        if stored is None:
+            state = self.load(partial, self.device)
+            progress, self.saved = Progress(name, state["step"] if state else 0), begun
+            try:
+                fit(network, *args, **settings, bf16=self.bf16, state=state,
+                    save=functools.partial(self.save_sometimes, partial),
+                    on_step=functools.partial(self.tell, name, progress))
+            except FloatingPointError as error:
+                good = self.path(partial) if self.path(partial).exists() else "none yet"
+                raise RunError(f"{name}: {error}; last good checkpoint: {good}") from None
+            stored = {"network": network.state_dict()}
+            self.finish(name, stored, begun)
+            progress.end()
+        network.load_state_dict(stored["network"])
+        for old in (partial, f"{partial}.previous"):
+            self.path(old).unlink(missing_ok=True)
+        return network.eval()
+
+    def save_sometimes(self, name: str, state: dict) -> None:
+        if time.monotonic() - self.saved >= self.seconds:
+            self.save(name, state)
+            self.saved = time.monotonic()
+
+    def tell(self, name: str, progress: "Progress", step: int, steps: int, loss: float) -> None:
+        self.log("loss", stage=name, step=step, loss=loss)
+        progress(step, steps, f"loss {loss:.4f}")
+
+    def finish(self, name: str, content: dict, begun: float) -> None:
+        self.save(name, content)
+        self.log("stage", stage=name, seconds=round(time.monotonic() - begun, 2))
+
+    def path(self, name: str) -> Path:
+        return self.checkpoints / f"{name}.pt"
+
+    def note(self, name: str, payload: bytes) -> bytes:
+        """The last line of a checkpoint: what it is, whose, and its checksum. torch.load reads the
+        file all the same: a zip archive may be followed by anything."""
+        checksum = hashlib.sha256(payload).hexdigest()
+        return f"checkpoint {FORMAT} {name} {self.fingerprint} {checksum}".encode()
+
+    def save(self, name: str, content: dict) -> None:
+        """A checkpoint: a dictionary of tensors, numbers, text and lists of them. The one before it
+        is kept as name.previous."""
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        payload, path = buffer.getvalue(), self.path(name)
+        if path.exists():
+            os.replace(path, self.path(f"{name}.previous"))
+        write_bytes(path, payload + b"\n" + self.note(name, payload))
+
+    def load(self, name: str, device="cpu") -> dict | None:
+        """What `save` was last given, or None. A checkpoint that is truncated, damaged or foreign
+        is named on stderr and set aside as *.bad; the one before it is used."""
+        for path in (self.path(name), self.path(f"{name}.previous")):
+            if not path.exists():
+                continue
+            payload, _, note = path.read_bytes().rpartition(b"\n")
+            found, wanted = note.split(b" "), self.note(name, payload).split(b" ")
+            problem = next((said for n, said in UNUSABLE if found[:n] != wanted[:n]), None)
+            try:
+                if problem is None:
+                    return torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
+            except pickle.UnpicklingError:
+                problem = "it holds more than tensors, numbers and text"
+            os.replace(path, path.with_suffix(".bad"))
+            print(f"{path}: {problem}; set aside as {path.stem}.bad, going on from what was before",
+                  file=sys.stderr)
+        return None
+
+
+def each(kind: type, value, change: Callable):
+    """Every `kind` among dicts, lists and tuples changed; tuples come back as lists. A checkpoint
+    may hold tensors, but no arrays."""
+    if isinstance(value, dict):
+        return {key: each(kind, v, change) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [each(kind, v, change) for v in value]
+    return change(value) if isinstance(value, kind) else value
+
+
+def derive(*words) -> int:
+    """One seed from numbers and text; a 0 at the end is as good as none."""
+    numbers = [zlib.crc32(w.encode()) if isinstance(w, str) else int(w) for w in words]
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def fingerprint(config: Config, splits: dict) -> str:
+    """Stands for all that a checkpoint depends on: the config but for how it is scored and where
+    files lie, and what these hold."""
+    matters = config.as_dict() | {"evaluate": config.evaluate.oracle}
+    for key in "data.root", "loop.device", "guidance.external", "classifier.weights":
+        section, name = key.split(".")
+        del matters[section][name]
+    if weights := config.classifier.weights:
+        matters["weights"] = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+    digest = hashlib.sha256(json.dumps(matters, sort_keys=True).encode())
+    for s in splits.values():
+        for array in (s.images, s.labels, s.groups, s.folds, s.sources):
+            digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:16]
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file that is either whole or absent, even if the power fails."""
     path.parent.mkdir(exist_ok=True)        # no parents: a run folder that is gone stays gone
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with open(f"{path}.tmp", "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    os.replace(f"{path}.tmp", path)
 
 
 def save_picture(path: Path, picture) -> None:
@@ -51,70 +209,24 @@ def save_picture(path: Path, picture) -> None:
 
 def new_folder(root: Path, name: str) -> Path:
     """root/name, or root/name-2, -3, ...: the first that does not exist yet, made."""
-    number = 1
-    while True:
+    for number in itertools.count(1):
         folder = root / (name if number == 1 else f"{name}-{number}")
-        try:
+        with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
-            number += 1
-
-
-@contextlib.contextmanager
-def one_line(program: str) -> Iterator[None]:
-    """What is wrong with config, data, disk or numbers ends the program in one line, status 2."""
-    try:
-        yield
-    except (ValueError, OSError, RunError, FloatingPointError) as error:
-        print(f"{program}:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run for this process alone; the kernel drops the lock when it ends, however it ends.
-
-    Raises RunError if another process holds the run, OSError if there is no such folder.
-    """
+    """Lock a run until this process ends, however it does. RunError if another one has it."""
     with open(folder / "lock", "ab") as lock:
         try:
-            if fcntl is not None:
+            if fcntl:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"{folder}: another process is at work on this run; wait for its end or "
                            "stop it") from None
         yield
-
-
-@contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """`locked`, and Ctrl-C and SIGTERM end the process with one line. Only in the main thread.
-
-    A thread of its own hears the signals, because Python's handlers wait for the main thread to
-    return from torch.
-    """
-    def listen():
-        for number in os.read(hears, 1):
-            print(f"\nstopped; go on with: python loop.py --resume {folder}", file=sys.stderr)
-            sys.stderr.flush()
-            os._exit(128 + number)          # nothing to tidy up: every file is whole or absent
-        os.close(hears)
-
-    with locked(folder):
-        hears, tells = os.pipe()
-        os.set_blocking(tells, False)
-        signal.set_wakeup_fd(tells)
-        before = {number: signal.signal(number, lambda *_: None)
-                  for number in (signal.SIGINT, signal.SIGTERM)}
-        threading.Thread(target=listen, daemon=True).start()
-        try:
-            yield
-        finally:
-            signal.set_wakeup_fd(-1)
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            os.close(tells)                 # the listener reads the end and returns
 
 
 def clock(seconds: float) -> str:
@@ -129,128 +241,60 @@ class Progress:
     """One updating line on a terminal, a plain line every 20 seconds in a pipe."""
 
     def __init__(self, stage: str, done: int = 0):
-        self.stage, self.begun, self.first = stage, time.monotonic(), done
-        self.shown, self.terminal = self.begun, sys.stderr.isatty()
+        self.stage, self.first = stage, done
+        self.begun = self.shown = time.monotonic()
+        self.clear, self.newline, self.wait = (
+            ("\r\x1b[K", "", 0.2) if sys.stderr.isatty() else ("", "\n", 20))
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         now = time.monotonic()
-        if now - self.shown < (0.2 if self.terminal else 20):
-            return
-        self.shown = now
-        rate = max(done - self.first, 1e-9) / max(now - self.begun, 1e-9)
-        line = (f"{self.stage}: {done}/{total}, {rate:.3g} a second, "
-                f"{clock((total - done) / rate)} left{', ' + note if note else ''}")
-        if self.terminal:
-            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        if now - self.shown >= self.wait:
+            self.shown = now
+            rate = max(done - self.first, 1e-9) / (now - self.begun)
+            self.say(f"{done}/{total}, {rate:.3g} a second, {clock((total - done) / rate)} left"
+                     + (note and f", {note}"), self.newline)
 
     def end(self) -> None:
         """Clear the updating line and say how long the stage took."""
-        start = "\r\x1b[K" if self.terminal else ""
-        took = clock(time.monotonic() - self.begun)
-        print(f"{start}{self.stage}: {took}", file=sys.stderr, flush=True)
+        self.say(clock(time.monotonic() - self.begun))
+
+    def say(self, text: str, newline: str = "\n") -> None:
+        print(f"{self.clear}{self.stage}: {text}", end=newline, file=sys.stderr, flush=True)
 
 
-class RunFolder:
-    """runs/NAME: checkpoints/, pictures/, log.jsonl and the stages that are finished.
+def pick_device(name: str) -> torch.device:
+    """auto: CUDA if there, else the CPU. Raises ConfigError for a device that is not to be had."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and not name.startswith("cuda"):
+        raise ConfigError(f"loop.device: '{name}' is unknown; write auto, cpu, cuda or cuda:1")
+    try:
+        device = torch.zeros(1, device=name).device
+        if name != "cpu":
+            torch.cuda.set_device(device)
+        return torch.device(name)
+    except Exception:       # torch raises its own mixture here: RuntimeError, AssertionError, ...
+        raise ConfigError(f"loop.device: '{name}' is not to be had; write auto or cpu") from None
 
-    owner: a word for the config and the data; a checkpoint of another owner is not used.
-    """
 
-    def __init__(self, folder: Path):
-        self.folder, self.owner = folder, "anybody"
-        self.checkpoints = folder / "checkpoints"
-        self.checkpoints.mkdir(exist_ok=True)
+def pick_bf16(choice: str, device: torch.device) -> bool:
+    """auto: where the hardware multiplies bfloat16; emulated, it would be slower than float32."""
+    if choice != "auto":
+        return choice == "true"
+    return (torch.cuda.is_bf16_supported() if device.type == "cuda" else
+            bool(torch.cpu.get_capabilities().get("avx512_bf16")))
 
-    def log(self, event: str, **details) -> None:
-        """Append one line to log.jsonl."""
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        line = {"time": now, "event": event, "step": None, **details}
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
 
-    def path(self, name: str) -> Path:
-        return self.checkpoints / f"{name}.pt"
+def device_name(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return f"{device.type} ({name})"
 
-    def note(self, name: str, payload: bytes) -> bytes:
-        """The last line of a checkpoint: what it is, whose, and its checksum. torch.load reads the
-        file all the same: a zip archive may be followed by anything."""
-        checksum = hashlib.sha256(payload).hexdigest()
-        return f"checkpoint {FORMAT} {name} {self.owner} {checksum}".encode()
 
-    def save(self, name: str, content: dict) -> None:
-        """A checkpoint: a dictionary of tensors, numbers, text and lists of them. The one before it
-        is kept as name.previous."""
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        payload, path = buffer.getvalue(), self.path(name)
-        if path.exists():
-            os.replace(path, self.path(f"{name}.previous"))
-        write_bytes(path, payload + b"\n" + self.note(name, payload))
-
-    def load(self, name: str, device="cpu") -> dict | None:
-        """What `save` was last given, or None if there is no good checkpoint of that name.
-
-        One that is truncated, damaged or foreign is named on stderr and set aside as *.bad; the one
-        before it is used.
-        """
-        for path in (self.path(name), self.path(f"{name}.previous")):
-            if not path.exists():
-                continue
-            payload, _, found = path.read_bytes().rpartition(b"\n")
-            words, wanted = found.split(b" "), self.note(name, payload).split(b" ")
-            if len(words) != len(wanted) or words[:2] != wanted[:2]:
-                problem = f"no whole checkpoint of format {FORMAT}"
-            elif words[2:4] != wanted[2:4]:
-                problem = "it belongs to another stage, another config or other data"
-            elif words != wanted:
-                problem = "it is damaged, its checksum does not fit"
-            else:
-                try:
-                    return torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
-                except pickle.UnpicklingError:
-                    problem = "it holds more than tensors, numbers and text"
-            os.replace(path, path.with_suffix(".bad"))
-            print(f"{path}: {problem}; set aside as {path.stem}.bad, going on from what was before",
-                  file=sys.stderr)
-        return None
-
-    def stage(self, name: str, compute: Callable[[Progress], dict]) -> dict:
-        """compute(progress)'s result, stored; on a resumed run what was stored, not computed."""
-        stored = self.load(name)
-        if stored is not None:
-            return stored
-        progress = Progress(name)
-        content = compute(progress)
-        self.save(name, content)
-        progress.end()
-        self.log("stage", stage=name, seconds=round(time.monotonic() - progress.begun, 2))
-        return content
-
-    def train(self, name: str, network: torch.nn.Module, steps: int, fit: Callable) -> None:
-        """Train `network` by fit(state=, save=, save_every=, on_step=) once, resuming midway.
-
-        Raises RunError if the loss is not finite, naming the last good checkpoint.
-        """
-        device, partial = next(network.parameters()).device, f"{name}.partial"
-
-        def compute(progress):
-            state = self.load(partial, device)
-            progress.first = 0 if state is None else state["step"]
-
-            def on_step(step, total, loss):
-                self.log("loss", stage=name, step=step, loss=loss)
-                progress(step, total, f"loss {loss:.4f}")
-            try:
-                fit(state=state, save=lambda s: self.save(partial, s),
-                    save_every=max(100, steps // 10 // 20 * 20), on_step=on_step)
-            except FloatingPointError as error:
-                good = self.path(partial) if self.path(partial).exists() else "none yet"
-                raise RunError(f"{name}: {error}; last good checkpoint: {good}") from None
-            return {"network": network.state_dict()}
-        stored = self.stage(name, compute)
-        network.load_state_dict(stored["network"])
-        network.eval()
-        for old in (partial, f"{partial}.previous"):
-            self.path(old).unlink(missing_ok=True)
+def environment(run: Run) -> dict:
+    """What else the numbers depend on. No host or user names."""
+    git = subprocess.run("git describe --always --dirty", shell=True, text=True,
+                         cwd=Path(__file__).parent, capture_output=True)
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__, "device": device_name(run.device),
+            "threads": torch.get_num_threads(), "precision": "bf16" if run.bf16 else "fp32",
+            "commit": git.stdout.strip() or "unknown"}

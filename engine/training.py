@@ -1,10 +1,11 @@
-"""The one training loop, shared by ddpm.py and classifier.py, and what both do to a batch.
+"""The one training loop of every network here: a step, and around it what makes it fast, safe and
+resumable. A step draws all its randomness from `step_generator(seed, step)`, so a run that is
+resumed equals one that was never stopped, without any random state in the checkpoint.
 
-A step draws all its randomness from `step_generator(seed, step)`, so a run that is stopped and
-resumed equals one that is not, without any random state in the checkpoint.
 Sources: Loshchilov & Hutter 2019 (AdamW, arXiv 1711.05101); 2017 (cosine, arXiv 1608.03983).
 """
 import ctypes
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -14,106 +15,29 @@ import torch
 from torch import Tensor, nn
 
 
-def step_seed(seed: int, step: int) -> int:
-    """The seed of one training step; SeedSequence mixes, so neighbours are unrelated."""
-    mixed = int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
-    return mixed >> 1                                           # manual_seed takes 63 bits
-
-
-def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """The random stream of one training step."""
-    return torch.Generator(device).manual_seed(step_seed(seed, step))
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep up to 1 GiB of what was freed, tensors of up to 32 MiB included.
-
-    As shipped it gives every large tensor back at once, and the system clears the pages anew for
-    the next one: 5 to 10 % of a diffusion step on two cores. Elsewhere than on glibc a no-op.
+def step(network: nn.Module, optimizer: torch.optim.Optimizer, pick: Callable, loss: Callable,
+         generator: torch.Generator, bf16: bool = False, ema=None) -> Tensor:
+    """One training step of the diffusion model, the guide or a student. Returns the loss; not
+    finite if the gradient was not.
+    pick(generator) -> batch, (B,) or (B, n) int64: which images; loss(batch, generator) -> scalar.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-3, 32 << 20)           # M_MMAP_THRESHOLD
-        mallopt(-1, 1 << 30)            # M_TRIM_THRESHOLD
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(generator.device.type, dtype=torch.bfloat16, enabled=bf16):
+        batch = pick(generator)
+        value = loss(batch, generator)
+    value.backward()
+    norm = clip_gradients(network)
+    optimizer.step()
+    if ema is not None:
+        ema.update(network)
+    return value.detach() + 0 * norm
 
 
-def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
-    """A network with the initial weights of `seed`; the global random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        # Channels last: what the convolution kernels of CPUs and of GPUs in bf16 work on.
-        return build().to(memory_format=torch.channels_last)
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) in 0..255 to float32 in [-1, 1], the range every network here expects."""
-    return images.float().div(127.5).sub(1)
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """float (B, 3, H, W) in [-1, 1] to uint8 in 0..255, rounded; what lies outside is clipped."""
-    return x.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-class Recorded:
-    """update(), from its fourth call on a CUDA graph: a step of a small network is a thousand small
-    kernels, and a GPU is done with them sooner than Python can ask for them one by one.
-
-    update() -> Tensor, on the GPU alone, reads and writes the same tensors in every call; numbers
-    of Python's are recorded as they are. What it draws from `generator` is drawn anew from the seed
-    that this has by then: the same as without recording.
-    """
-
-    def __init__(self, update: Callable[[], Tensor], generator: torch.Generator):
-        self.update, self.generator, self.calls, self.graph = update, generator, 0, None
-        self.stream = torch.cuda.Stream()
-
-    def __call__(self) -> Tensor:
-        if self.graph is None and self.calls < 3:       # choose kernels, make the optimizer's state
-            self.calls += 1
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                result = self.update()
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return result
-        if self.graph is None:
-            graph = torch.cuda.CUDAGraph()
-            graph.register_generator_state(self.generator)
-            with torch.cuda.graph(graph, stream=self.stream):
-                self.result = self.update()
-            self.graph = graph
-        self.graph.replay()
-        return self.result.clone()
-
-
-class Streamed:
-    """uint8 images (N, 3, H, W) on a CPU that are read when a batch is asked for, from a
-    data.FileImages: as much of a tensor as training and prediction need."""
-    device = torch.device("cpu")
-
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: slice | Tensor) -> Tensor:
-        return torch.from_numpy(self.images[index])
-
-    def split(self, size: int):
-        """As of a tensor: none at all is still one part, empty."""
-        return (self[i:i + size] for i in range(0, max(1, len(self)), size))
-
-
-def random_turn(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image under one of the 8 symmetries of the square: dermoscopy has no up or left.
-
-    x: (B, C, S, S). Returns the same shape.
-    """
-    coin = torch.rand(3, len(x), 1, 1, 1, generator=generator, device=x.device) < 0.5
-    x = torch.where(coin[0], x.flip(-1), x)
-    x = torch.where(coin[1], x.flip(-2), x)
-    return torch.where(coin[2], x.transpose(-1, -2), x)
+def clip_gradients(network: nn.Module, longest: float = 1.0) -> Tensor:
+    """Cut each network's gradient to this length; several in a ModuleDict each by itself, so that
+    none changes another's path. Returns the sum of the lengths before."""
+    alone = network.values() if isinstance(network, nn.ModuleDict) else [network]
+    return sum(nn.utils.clip_grad_norm_(one.parameters(), longest, foreach=True) for one in alone)
 
 
 def learning_rate(step: int, steps: int, lr: float, warmup: float = 0.1) -> float:
@@ -124,85 +48,50 @@ def learning_rate(step: int, steps: int, lr: float, warmup: float = 0.1) -> floa
     return lr * 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, steps - start)))
 
 
-def fit(network: nn.Module, pick: Callable[[torch.Generator], Tensor],
-        loss_fn: Callable[[Tensor, torch.Generator, slice], Tensor], *, steps: int, lr: float,
-        seed: int, device: torch.device | str = "cpu", bf16: bool = False,
-        weight_decay: float = 0.01, ema=None, names: np.ndarray | None = None,
-        state: dict | None = None, save: Callable[[dict], None] | None = None,
-        save_every: int = 200, record: bool = True,
+def fit(network: nn.Module, pick: Callable, loss: Callable, *, steps: int, lr: float, seed: int,
+        device: torch.device | str = "cpu", bf16: bool = False, weight_decay: float = 0.01,
+        ema=None, names: np.ndarray | None = None, state: dict | None = None,
+        save: Callable[[dict], None] | None = None, record: bool = True,
         on_step: Callable[[int, int, float], None] | None = None) -> list[float]:
-    """Train `network` in place by AdamW for `steps` steps.
-
-    network: an nn.ModuleDict holds several that learn in the same steps; each gradient is cut to
-    length 1 by itself, so that none changes another's path.
-    pick(generator) draws a batch, (B,) or (B, n) int64; loss_fn(batch, generator, part) draws
-    whatever else the batch needs and returns the mean loss of its rows `part`. Where the GPU's
-    memory does not hold all rows at once, parts follow each other and their gradients are added:
-    the same images, noise and steps, and the same gradient to rounding, unless the network has
-    BatchNorm, whose statistics are then those of a part.
-    names: (N,) what to call the images that `pick` draws from.
-    ema: object with update(network), state_dict(), load_state_dict(), told after every step.
-    state: what `save` was last given; training goes on from there. save(state) is called every
-    `save_every` steps, a multiple of 20, and has to copy or write what it is given: training goes
-    on in the same tensors. on_step(step, steps, mean loss since the last call) every 20 steps.
-    record: a GPU's steps are recorded (`Recorded`); False where loss_fn decides things on the CPU.
-    Returns the mean loss of every block of 20 steps.
-    Raises FloatingPointError naming the step at which the loss was not finite, and its images.
-    """
+    """Train `network` in place by AdamW for `steps` steps (see `step` for pick, loss, ema).
+    names: (N,) what to call the images that `pick` draws from. Every 20 steps: on_step(step, steps,
+    mean loss of the 20), and save(state), which has to copy or write the state at once; given back,
+    training goes on from there. record: False where `loss` decides things on the CPU (`Recorded`).
+    Returns the mean losses. Raises FloatingPointError naming the first step whose loss was not
+    finite, and its images."""
     keep_freed_memory()
     generator = torch.Generator(device)
     cuda = generator.device.type == "cuda"
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay,
                                   betas=(0.9, 0.99), fused=True)
-    first, history, recent, parts = 0, [], [], 1
+    parts = {"network": network, "optimizer": optimizer} | ({} if ema is None else {"ema": ema})
     if state is not None:
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        if ema is not None:
-            ema.load_state_dict(state["ema"])
-        first, history = state["step"], list(state["history"])
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    history, recent = list(state["history"]) if state else [], []
     [group] = optimizer.param_groups        # a recorded step reads the rate from the GPU's memory
     group |= {"lr": torch.zeros((), device=device) if cuda else 0.0, "capturable": cuda}
 
-    def update():
-        optimizer.zero_grad(set_to_none=True)
-        loss = 0.0
-        for k in range(parts):
-            if k:                           # every part draws for all rows
-                generator.manual_seed(generator.initial_seed())
-            loss = loss + backward(pick, loss_fn, generator, bf16, slice(k, None, parts))
-        norm = sum(nn.utils.clip_grad_norm_(one.parameters(), 1.0, foreach=True) for one in (
-            network.values() if isinstance(network, nn.ModuleDict) else [network]))
-        optimizer.step()
-        return loss + 0 * norm              # not finite if the gradient was not, else the loss
-
-    call = Recorded(update, generator) if cuda and record else update
+    recorded = cuda and record              # the mean's decay is a number of Python's: not recorded
+    call = functools.partial(step, network, optimizer, pick, loss, generator, bf16,
+                             None if recorded else ema)
+    call = Recorded(call, generator) if recorded else call
     network.train()
-    for step in range(first, steps):
-        rate = learning_rate(step, steps, lr)
+    for number in range(state["step"] if state else 0, steps):
+        rate = learning_rate(number, steps, lr)
         if cuda:
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
-        loss = None
-        while loss is None:
-            generator.manual_seed(step_seed(seed, step))
-            try:
-                loss = call()
-            except torch.OutOfMemoryError:
-                size = len(pick(step_generator(seed, step, device)))
-                if parts == size:
-                    raise
-                call, parts = update, min(2 * parts, size)
-                print(f"out of memory in step {step}: from here on {-(-size // parts)} images at a "
-                      f"time, {parts} times a step", file=sys.stderr)
-        if ema is not None:
+        generator.manual_seed(step_seed(seed, number))
+        recent.append(call())
+        if recorded and ema is not None:
             ema.update(network)
-        recent.append(loss)
-        if (step + 1) % 20 == 0 or step + 1 == steps:        # one wait for the GPU in 20 steps
+
+        if (number + 1) % 20 == 0 or number + 1 == steps:    # one wait for the GPU in 20 steps
             losses = torch.stack(recent).float().cpu()
             if not losses.isfinite().all():
-                at = step + 1 - len(recent) + int((~losses.isfinite()).nonzero()[0])
+                at = number + 1 - len(recent) + int((~losses.isfinite()).nonzero()[0])
                 batch = pick(step_generator(seed, at, device)).flatten().cpu().numpy()
                 images = ", ".join(map(str, batch if names is None else names[batch]))
                 raise FloatingPointError("the loss or its gradient was not finite at step "
@@ -210,20 +99,100 @@ def fit(network: nn.Module, pick: Callable[[torch.Generator], Tensor],
             history.append(losses.mean().item())
             recent = []
             if on_step is not None:
-                on_step(step + 1, steps, history[-1])
-            if save is not None and (step + 1) % save_every == 0 and step + 1 < steps:
-                save({"step": step + 1, "network": network.state_dict(),
-                      "optimizer": optimizer.state_dict(), "history": history,
-                      "ema": None if ema is None else ema.state_dict()})
+                on_step(number + 1, steps, history[-1])
+            if save is not None and number + 1 < steps:
+                save({"step": number + 1, "history": history}
+                     | {name: part.state_dict() for name, part in parts.items()})
     network.eval()
     return history
 
 
-def backward(pick, loss_fn, generator: torch.Generator, bf16: bool, part: slice) -> Tensor:
-    """Add the gradient of one part of a batch, weighted by its size. Returns its share of the loss.
+def step_seed(seed: int, step: int) -> int:
+    """The seed of one training step; SeedSequence mixes, so neighbours are unrelated."""
+    mixed = int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])
+    return mixed >> 1               # manual_seed takes 63 bits
+
+
+def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The random stream of one training step."""
+    return torch.Generator(device).manual_seed(step_seed(seed, step))
+
+
+def seeded(seed: int, build: Callable[..., nn.Module], *args, **settings) -> nn.Module:
+    """build(*args, **settings) with the initial weights of `seed`, in channels-last memory; the
+    global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build(*args, **settings).to(memory_format=torch.channels_last)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep up to 1 GiB of what was freed, tensors of up to 32 MiB included, instead of
+    having pages cleared anew for each: 5 to 10 % of a diffusion step on two cores."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(-3, 32 << 20)         # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-1, 1 << 30)          # M_TRIM_THRESHOLD
+
+
+class Noise:
+    """One random stream per image, so that neither batch size nor order changes a picture."""
+
+    def __init__(self, seeds, device="cpu"):
+        self.streams = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        self.device = device
+
+    def __call__(self, *shape: int) -> Tensor:
+        """Standard normal (len(seeds), *shape), float32, the next draw of every stream."""
+        drawn = [torch.randn(shape, generator=stream) for stream in self.streams]
+        return torch.stack(drawn).to(self.device)
+
+
+class EMA:
+    """A running mean of the weights: samples drawn with it are better by several points of FID. The
+    decay rises as (1 + n) / (10 + n) up to `decay`, so that the random start is soon forgotten."""
+
+    def __init__(self, network: nn.Module, decay: float = 0.999):
+        self.decay, self.updates = decay, 0
+        self.shadow = {k: v.detach().clone() for k, v in network.state_dict().items()}
+
+    def update(self, network: nn.Module) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        now = [v.detach() for v in network.state_dict().values()]
+        # shadow <- decay * shadow + (1 - decay) * now
+        torch._foreach_lerp_(list(self.shadow.values()), now, 1 - decay)
+
+    def state_dict(self) -> dict:
+        return {"shadow": self.shadow, "updates": self.updates}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.shadow = {k: v.clone() for k, v in state["shadow"].items()}
+        self.updates = state["updates"]
+
+
+class Recorded:
+    """update(), from its fourth call on a CUDA graph: a GPU is done with a small network's thousand
+    kernels sooner than Python can ask for them one by one.
+    update() -> Tensor, on the GPU alone, reads and writes the same tensors in every call; numbers
+    of Python's are recorded as they are. `generator` is drawn from anew, by its seed at the time.
     """
-    with torch.autocast(generator.device.type, dtype=torch.bfloat16, enabled=bf16):
-        batch = pick(generator)
-        loss = len(batch[part]) / len(batch) * loss_fn(batch, generator, part)
-    loss.backward()
-    return loss.detach()
+
+    def __init__(self, update: Callable[[], Tensor], generator: torch.Generator):
+        self.update, self.generator, self.calls, self.graph = update, generator, 0, None
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self) -> Tensor:
+        self.calls += 1
+        if self.calls <= 3:             # choose kernels, make the optimizer's state
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                result = self.update()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return result
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            self.graph.register_generator_state(self.generator)
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.result = self.update()
+        self.graph.replay()
+        return self.result.clone()

@@ -1,7 +1,5 @@
-"""Class-N-Diff: the classifier inside the diffusion model's training, in two forms.
-
-The guide learns beside the model and, in some steps, teaches it: Munia & Imran 2025 (arXiv
-2510.16887). Or the model itself classifies, by a head on its bottleneck (`UNet.classify`).
+"""Class-N-Diff, Munia & Imran 2025 (arXiv 2510.16887): the guide learns beside the diffusion model
+and teaches it in some steps; or the model itself classifies, by a head on its bottleneck.
 """
 import functools
 
@@ -11,13 +9,31 @@ from torch import Tensor, nn
 
 import classifier
 import ddpm
-from engine.training import fit, random_turn, to_float
+from engine.augment import random_turn, to_float
+from engine.training import EMA, fit
+from unet import UNet, norm, zero
+
+
+class JointUNet(UNet):
+    """A UNet with a second head: logits from the bottleneck, which both tasks share."""
+
+    def __init__(self, size: int, classes: int, *more):
+        super().__init__(size, classes, *more)
+        bottom = self.middle[-1].conv2.out_channels
+        # last, so that the other weights are those of a network without it
+        self.diagnosis = nn.Sequential(norm(bottom), nn.SiLU(), nn.AdaptiveAvgPool2d(1),
+                                       nn.Flatten(), zero(nn.Linear(bottom, classes)))
+
+    def classify(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Logits (B, classes) of noisy images; class and group would tell the answer."""
+        untold = torch.full_like(t, -1)
+        return self.diagnosis(self.encode(x_t, self.embed(t, untold, untold))[0])
 
 
 class Head(nn.Module):
     """The joint head of a UNet, called as a guide is: logits (B, classes) of (x_t, t)."""
 
-    def __init__(self, unet: nn.Module):
+    def __init__(self, unet: JointUNet):
         super().__init__()
         self.unet = unet
 
@@ -25,9 +41,8 @@ class Head(nn.Module):
         return self.unet.classify(x_t, t)
 
 
-class UnetEMA(ddpm.EMA):
-    """Of the diffusion model alone: the guide's BatchNorm counts batches, and counts have no mean.
-    Its last weights serve, as those of a guide trained apart do."""
+class UnetEMA(EMA):
+    """Of the diffusion model alone: the guide's BatchNorm counts batches, which have no mean."""
 
     def update(self, networks: nn.ModuleDict) -> None:
         super().update(networks["unet"])
@@ -39,13 +54,21 @@ def taught(guide: nn.Module, schedule: ddpm.Schedule, t: Tensor, x0_hat: Tensor,
 
         mean of abar_t * CE(guide(x0_hat), y)
 
-    abar_t, because x0_hat of a very noisy image is a blur of all images, and a class forced upon it
-    noise that fools the guide. x0_hat is clipped, as samplers clip it and the guide knows images.
-    A row whose class is withheld counts 0: that would teach the model to mean a class unasked.
-    """
+    abar_t, because x0_hat of a very noisy image is a blur of all, and a class forced upon it would
+    be noise that fools the guide. x0_hat is clipped as samplers do; a withheld class counts 0."""
     logits = guide(x0_hat.clamp(-1, 1), torch.zeros_like(t))
     error = F.cross_entropy(logits, y, ignore_index=-1, reduction="none")               # (B,)
     return (schedule.abar(t, x0_hat).flatten() * error).mean()
+
+
+def half_noised(schedule: ddpm.Schedule, x0: Tensor,
+                generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Schedule.noised, but half of the images are left clean and told to be at level 0, which is
+    all but clean."""
+    x_t, t = schedule.noised(x0, generator)
+    coin = torch.rand(len(x0), generator=generator, device=x0.device)
+    clean = coin < 0.5
+    return torch.where(clean.view(-1, 1, 1, 1), x0, x_t), torch.where(clean, 0, t)
 
 
 def train(networks: nn.ModuleDict, schedule: ddpm.Schedule, images: Tensor, labels: Tensor,
@@ -55,40 +78,37 @@ def train(networks: nn.ModuleDict, schedule: ddpm.Schedule, images: Tensor, labe
           **progress) -> list[float]:
     """Train "unet" (EMA weights are left in it) together with "guide", or with its own head where
     `networks` holds no guide. Arguments otherwise as in ddpm.train and classifier.train.
-
-    Every step has the diffusion loss. Then the classifier learns from other real images, evenly
-    over the classes, half of them clean, half noised. But with classifier_probability, once the
-    learning rate has warmed up (a tenth of the steps), the guide teaches instead: classifier_weight
-    times `taught` is added, and its gradient reaches the diffusion model alone. A head teaches in
-    every step, by what its loss, times classifier_weight, does to the half that it shares.
-    """
+    To the diffusion loss is added the classifier's, on other real images, evenly over the classes,
+    half of them clean. But with classifier_probability, after a tenth of the steps, the guide
+    teaches instead: classifier_weight times `taught` is added, for the diffusion model alone. A
+    head's own loss, times classifier_weight, teaches in every step."""
     unet, joint = networks["unet"], "guide" not in networks
     guide = Head(unet) if joint else networks["guide"]
-    ema, balanced = UnetEMA(unet, ema_decay), classifier.drawer(weights, batch)
-    noise = functools.partial(schedule.noised, clean=0.5)
+    ema, table = UnetEMA(unet, ema_decay), classifier.cumulative(weights)
+    noise = functools.partial(half_noised, schedule)
 
     def pick(generator):
         index = torch.randint(len(images), (batch,), generator=generator, device=images.device)
-        return torch.stack([index, balanced(generator)], dim=1)                  # (B, 2)
+        return torch.stack([index, classifier.pick(table, batch, generator)], dim=1)     # (B, 2)
 
-    def also(t, x0_hat, y):
-        return classifier_weight * taught(guide, schedule, t, x0_hat, y)
+    def also(*estimate):
+        return classifier_weight * taught(guide, schedule, *estimate)
 
-    def loss_fn(index, generator, part):
+    def loss(index, generator):
         for_unet, for_guide = index.unbind(1)
         coin = torch.rand((), generator=generator, device=images.device)
         # ema.updates is the number of this step, in a resumed run too
         teaches = not joint and ema.updates >= steps / 10 and bool(coin < classifier_probability)
         guide.train(not teaches).requires_grad_(not teaches)
         x0 = random_turn(to_float(images[for_unet]), generator)
-        loss = ddpm.loss(unet, schedule, x0, labels[for_unet], groups[for_unet], generator, part,
-                         prediction=prediction, drop=drop, also=also if teaches else None)
+        error = ddpm.loss(unet, schedule, x0, labels[for_unet], groups[for_unet], generator,
+                          prediction=prediction, drop=drop, also=also if teaches else None)
         if teaches:
-            return loss
-        return loss + (classifier_weight if joint else 1) * classifier.loss(
-            guide, images, labels, for_guide, generator, part, jitter=jitter, noise=noise)
+            return error
+        return error + (classifier_weight if joint else 1) * classifier.loss(
+            guide, images, labels, jitter, noise, for_guide, generator)
 
-    history = fit(networks, pick, loss_fn, steps=steps, lr=lr, seed=seed, device=images.device,
+    history = fit(networks, pick, loss, steps=steps, lr=lr, seed=seed, device=images.device,
                   bf16=bf16, ema=ema, record=False, **progress)       # the coin is the CPU's
     unet.load_state_dict(ema.shadow)
     guide.requires_grad_()

@@ -1,106 +1,167 @@
-"""The contact sheets of a run: which images to show beside which. Arrays in, PIL pictures out."""
-import numpy as np
-from PIL import Image
+"""The contact sheets in a run's pictures/: which images to show beside which."""
+from functools import reduce
 
-from data import ImageSet, class_by_group_sheet, contact_sheet
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+import data
+from data import ImageSet
+from engine.run import Run, save_picture
+from evaluate import vote
+from extras import measures
+from guidance import synthesise
+
+
+def draw(run: Run, name: str, picture, *args) -> None:
+    """pictures/name.png = picture(*args), unless it is there or there is nothing to show (None)."""
+    path = run.folder / "pictures" / f"{name}.png"
+    if not path.exists() and (drawn := picture(*args)) is not None:
+        save_picture(path, drawn)
+
+
+def draw_all(run: Run, splits: dict, made: dict, keep, generator, students: list,
+             probs: np.ndarray, predictions: dict, reasons: tuple) -> None:
+    """The pictures of the report but for data.png. made: candidates by arm and round."""
+    train, test, margin = splits["train"], splits["test"], data.margins(probs, splits["train"])
+    draw(run, "hard", hard_cases, train, probs, margin)
+    if not made.get("guided"):
+        return
+    m = made["guided"][-1]
+    draw(run, "children", children, train, m.parents, m.children.images, m.targets, m.judge,
+         [reasons[i] for i in m.rejected_by])
+    draw(run, "types", every_type, run, train, margin, generator, students)
+    passed = [of.children.subset(of.rejected_by == 0) for of in made["guided"]]
+    draw(run, "composition", lambda: by_class_and_group(
+        train, reduce(ImageSet.extend, passed), each=1, words=("real", "made")))
+    closest = m.children.images[np.argsort(m.distance, kind="stable")[:16]]
+    draw(run, "neighbours", lambda: neighbours(
+        keep.seen, closest, *measures.nearest(closest, keep.seen.images)))
+    real, guided = predictions["test_probs_real"], predictions["test_probs_guided"]
+    draw(run, "mended", mended, test, vote(real), vote(guided), data.margins(real.mean(0), test))
+
+
+def contact_sheet(images: np.ndarray, captions=None, columns: int = 8, scale: int = 0,
+                  row_labels=None) -> Image.Image:
+    """A grid of images, row by row, as one RGB picture; cells widen to the longest caption.
+    images: uint8 (N, 3, H, W), N = 0 allowed; captions: N strings below them, with newlines or not;
+    columns: images a row; scale: screen pixels a pixel, 0 for a fitting one; row_labels: one string
+    a row, on its left. Raises ValueError if lengths disagree."""
+    count, rows = len(images), -(-len(images) // columns)
+    captions, row_labels = captions or [""] * count, row_labels or [""] * rows
+    for name, given, wanted in (("captions", captions, count), ("row_labels", row_labels, rows)):
+        if len(given) != wanted:
+            raise ValueError(f"contact_sheet: {len(given)} {name} for {wanted}; give as many")
+    font, pen = ImageFont.load_default(), ImageDraw.Draw(Image.new("RGB", (1, 1)))
+
+    def measured(texts):        # and the width and height of the largest
+        # what the font can draw: PIL's fallback without FreeType knows Latin-1 alone
+        texts = [(text or "").encode("latin-1", "replace").decode("latin-1") for text in texts]
+        boxes = [pen.multiline_textbbox((0, 0), text, font) for text in texts if text]
+        return texts, *(max([0, *(int(box[side]) + 5 for box in boxes)]) for side in (2, 3))
+
+    (row_labels, left, _), (captions, wide, below) = measured(row_labels), measured(captions)
+    scale = scale or max(1, round(min(96, 800 / columns) / images.shape[3]))
+    height, width = images.shape[2] * scale, images.shape[3] * scale
+    cell_width, cell_height = max(width, wide) + 2, height + below + 2
+    size = (2 + left + cell_width * min(columns, count), 2 + cell_height * rows)
+    sheet = Image.new("RGB", size if count else (80, 16), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((2, 0), "" if count else "(no images)", "black", font)
+    for i, image in enumerate(images):
+        x, y = 2 + left + cell_width * (i % columns), 2 + cell_height * (i // columns)
+        sheet.paste(one(image.repeat(scale, axis=1).repeat(scale, axis=2)), (x, y))
+        draw.multiline_text((x, y + height), captions[i], "black", font)
+        if i % columns == 0:
+            draw.multiline_text((2, y), row_labels[i // columns], "black", font)
+    return sheet
 
 
 def one(image: np.ndarray) -> Image.Image:
-    """A uint8 (3, H, W) image as a PIL picture."""
     return Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
 
 
-def zoom(images: np.ndarray) -> int:
-    """A whole magnification that makes an image about 96 pixels wide on the sheet."""
-    return max(1, round(96 / images.shape[-1]))
-
-
-def by_class_and_group(image_set: ImageSet) -> Image.Image:
-    return class_by_group_sheet(image_set, each=2, scale=max(1, zoom(image_set.images) - 1))
-
-
-def hard_cases(train: ImageSet, probs: np.ndarray, margin: np.ndarray,
-               count: int = 24) -> Image.Image:
-    """The training images that the out-of-fold students are most wrong about: class > their answer.
-
-    probs: (N, C) out-of-fold; margin: (N,) as in mining.margins.
-    """
-    chosen = np.argsort(margin, kind="stable")[:count]
-    names = train.class_names
-    captions = [f"{names[train.labels[i]]} > {names[probs[i].argmax()]}"
-                + (f"\n{train.group_names[train.groups[i]]}" if train.groups[i] >= 0 else "")
-                for i in chosen]
-    return contact_sheet(train.images[chosen], captions, 8, zoom(train.images))
-
-
-def rows(columns: list[np.ndarray], labels: list[str]) -> Image.Image:
-    """Several versions of the same images: one row a version, one column an image."""
-    images = np.concatenate(columns)
-    return contact_sheet(images, None, len(columns[0]), zoom(images), None, labels)
-
-
-def children(train: ImageSet, parents: np.ndarray, images: np.ndarray, targets: np.ndarray,
-             judge: np.ndarray, fate: list[str], count: int = 16) -> Image.Image:
-    """Each parent with its child on its right: group, the judge's probability, kept or why not."""
-    pairs = np.stack([train.images[parents[:count]], images[:count]], 1)
-    captions = []
-    for i, parent in enumerate(parents[:count]):
-        own, target = train.groups[parent], targets[i]
-        captions += [train.class_names[train.labels[parent]]
-                     + (f" {train.group_names[own]}" if own >= 0 else ""),
-                     (f"> {train.group_names[target]} " if target >= 0 else "child ")
-                     + f"{judge[i]:.2f}\n{fate[i]}"]
-    return contact_sheet(pairs.reshape(-1, *images.shape[1:]), captions, 8, zoom(images))
-
-
-def every_group(train: ImageSet, chosen: np.ndarray, images: np.ndarray) -> Image.Image:
-    """A row a lesion: the photograph, then `images` (rows x groups, ...), it on every group."""
-    blocks = images.reshape(len(chosen), -1, *images.shape[1:])
-    tiles = np.concatenate([train.images[chosen][:, None], blocks], 1)
-    captions = [text for i in chosen for text in
-                [f"real, {train.group_names[train.groups[i]]}" if train.groups[i] >= 0 else "real"]
-                + list(train.group_names)]
-    return contact_sheet(tiles.reshape(-1, *images.shape[1:]), captions, tiles.shape[1],
-                         zoom(images), None, [train.class_names[train.labels[i]] for i in chosen])
-
-
-def composition(real: ImageSet, made: ImageSet) -> Image.Image:
-    """A row a class, a pair a group: a real image beside a synthetic one, and how many of each."""
+def grid(cells: list, columns: int, labels: list[str]) -> Image.Image:
+    """The contact sheet of cells (images, captions, how many to fill up to with light grey)."""
     tiles, captions = [], []
-    blank = np.full(real.images.shape[1:], 235, np.uint8)              # light grey: no such image
-    groups = list(enumerate(real.group_names))
-    if (real.groups == -1).any():
-        groups.append((-1, "unknown" if groups else "all"))
-    for label in range(len(real.class_names)):
+    for images, words, count in cells:
+        tiles += [images, np.full((count - len(images), *images.shape[1:]), 235, np.uint8)]
+        captions += [*words, *[""] * (count - len(words))]
+    return contact_sheet(np.concatenate(tiles), captions, columns, row_labels=labels)
+
+
+def group_of(image_set: ImageSet, group: int) -> str:
+    return image_set.group_names[group] if group >= 0 else ""
+
+
+def by_class_and_group(*sets: ImageSet, each: int = 2, words=("",), seed: int = 0) -> Image.Image:
+    """A row a class: `each` random images a group (4 x each without) of each set, and how many."""
+    rng, cells, names = np.random.default_rng(seed), [], sets[0].group_names
+    groups = list(enumerate(names))
+    groups += [(-1, "unknown" if names else "all")] * bool((sets[0].groups == -1).any())
+    each = each if names else 4 * each
+    for label in range(len(sets[0].class_names)):
         for group, name in groups:
-            for kind, images in (("real", real), ("made", made)):
-                cell = np.flatnonzero((images.labels == label) & (images.groups == group))
-                tiles.append(images.images[cell[0]] if len(cell) else blank)
-                captions.append(f"{name}: {len(cell)} {kind}")
-    return contact_sheet(np.stack(tiles), captions, 2 * len(groups), zoom(real.images), None,
-                         list(real.class_names))
+            for some, word in zip(sets, words):
+                cell = np.flatnonzero((some.labels == label) & (some.groups == group))
+                picked = some.images[rng.permutation(cell)[:each]]
+                cells.append((picked, [f"{name}: {len(cell)} {word}"], each))
+    return grid(cells, each * len(groups) * len(sets), list(sets[0].class_names))
 
 
-def neighbours(train: ImageSet, images: np.ndarray, distance: np.ndarray,
-               nearest: np.ndarray) -> Image.Image:
-    """Synthetic images, each with the training image nearest to it on its right."""
-    pairs = np.stack([images, train.images[nearest]], 1)
-    captions = [text for d in distance for text in (f"distance {d:.1f}", "nearest real")]
-    return contact_sheet(pairs.reshape(-1, *images.shape[1:]), captions, 8, zoom(images))
+def hard_cases(train: ImageSet, probs: np.ndarray, margin: np.ndarray) -> Image.Image:
+    """The 24 images with the smallest margin (N,) in out-of-fold probs (N, C): class > answer."""
+    chosen, names = np.argsort(margin, kind="stable")[:24], train.class_names
+    captions = [f"{names[train.labels[i]]} > {names[probs[i].argmax()]}\n"
+                + group_of(train, train.groups[i]) for i in chosen]
+    return contact_sheet(train.images[chosen], captions)
 
 
-def mended(test: ImageSet, before: np.ndarray, after: np.ndarray, margin: np.ndarray,
-           each: int = 8) -> Image.Image:
-    """Test images put right and put wrong by the retraining: class, answer before > after."""
-    names, tiles, captions = test.class_names, [], []
-    blank = np.full((1, *test.images.shape[1:]), 235, np.uint8)
-    order = np.argsort(margin, kind="stable")              # the hardest first
-    for cases in ((before != test.labels) & (after == test.labels),
-                  (before == test.labels) & (after != test.labels)):
-        chosen = order[cases[order]][:each]
-        tiles += [test.images[chosen], *[blank] * (each - len(chosen))]
-        captions += [f"{names[test.labels[i]]}\n{names[before[i]]} > {names[after[i]]}"
-                     for i in chosen]
-        captions += [""] * (each - len(chosen))
-    return contact_sheet(np.concatenate(tiles), captions, each, zoom(test.images), None,
-                         ["mended", "broken"])
+def children(train: ImageSet, parents, images, targets, judge, rejected_by) -> Image.Image:
+    """Parents (N,) in train, each with its child below: 8 pairs to a double row, 16 at most.
+    targets: (N,) groups asked for, or -1; judge: (N,) its probability of the class; rejected_by: N
+    words, "kept" or why not."""
+    wide = min(8, len(images)) or 1
+    above = [f"{train.class_names[train.labels[i]]}\n{group_of(train, train.groups[i])}"
+             for i in parents[:16]]
+    below = [f"{group_of(train, target)} {sure:.2f}\n{'rejected: ' * (why != 'kept')}{why}"
+             for target, sure, why in zip(targets[:16], judge, rejected_by)]
+    cells = []
+    for some in (slice(0, 8), slice(8, 16))[:-(-len(images) // 8)]:
+        cells += [(train.images[parents[some]], above[some], wide),
+                  (images[some], below[some], wide)]
+    return grid(cells or [(images, [], 0)], wide, ["parents", "children"] * (len(cells) // 2))
+
+
+def every_type(run: Run, train: ImageSet, margin: np.ndarray, generator, students: list):
+    """The two hardest lesions of each malignant class: the photograph, then it on every group."""
+    groups, c = len(train.group_names), run.config.guidance
+    if groups < 2 or c.sampler == "ddpm":       # fresh noise would forget the parent
+        return None
+    order, names = np.argsort(margin, kind="stable"), train.class_names
+    chosen = np.concatenate([order[train.labels[order] == sick][:2]
+                             for sick in np.flatnonzero(train.malignant)[::-1]])
+    row, group = np.divmod(np.arange(len(chosen) * groups), groups)
+    images = synthesise(generator, students, train.subset(chosen[row]), group, row, c,
+                        start="counterfactual", objectives=c.objectives).images
+    cells = [(np.concatenate([train.images[[i]], images[row == k]]),
+              [f"real {group_of(train, train.groups[i])}", *train.group_names], 1 + groups)
+             for k, i in enumerate(chosen)]
+    return grid(cells, 1 + groups, [names[train.labels[i]] for i in chosen])
+
+
+def neighbours(train: ImageSet, images: np.ndarray, distance, nearest) -> Image.Image:
+    """Synthetic images, each with the training image nearest to it, an index, on its right."""
+    pairs = np.stack([images, train.images[nearest]], 1).reshape(-1, *images.shape[1:])
+    return contact_sheet(pairs, [text for d in distance
+                                 for text in (f"distance {d:.1f}", "nearest real")])
+
+
+def mended(test: ImageSet, before, after, margin) -> Image.Image:
+    """Test images put right and put wrong by the retraining, hardest first: before > after."""
+    names, order, cells = test.class_names, np.argsort(margin, kind="stable"), []
+    was, now = before == test.labels, after == test.labels
+    for cases in (~was & now, was & ~now):
+        chosen = order[cases[order]][:8]
+        words = [f"{names[test.labels[i]]}\n{names[before[i]]} > {names[after[i]]}" for i in chosen]
+        cells.append((test.images[chosen], words, 8))
+    return grid(cells, 8, ["mended", "broken"])

@@ -1,7 +1,11 @@
-"""What the tests of ddpm.py and guidance.py compare with: the papers' formulas again, in numpy, and
-a data distribution so simple that the best possible eps is known."""
+"""What several tests compare with: the papers' formulas again, in numpy, a data distribution so
+simple that the best possible eps is known, and seeded normal numbers."""
 import numpy as np
 import torch
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def paper_abar(T, kind):

@@ -1,31 +1,71 @@
-"""The benchmarks that need no long training still run: at their smallest size."""
+"""Every benchmark is there to be run, and those that need no long training do run: at their
+smallest size."""
+import ast
+import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+import evaluate
+from extras import measures
+
+HERE = Path(__file__).resolve().parents[1]
+BENCHMARKS = HERE / "benchmarks"
+SCRIPTS = sorted(BENCHMARKS.glob("*.py"))
 
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))    # as when one is run
 
 
-def test_load(monkeypatch):
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_answers_help(path, capsys, monkeypatch):
+    if "import diffusers" in path.read_text() or "from diffusers" in path.read_text():
+        pytest.importorskip("diffusers")
+    module = importlib.import_module(path.stem)
+    if not hasattr(module, "main"):
+        return                                      # a part of others
+    monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    assert stopped.value.code == 0 and "usage: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_what_is_imported_is_there(path):
+    """Of our own modules; also where diffusers is not installed and the import itself fails."""
+    ours = {p.stem for p in (*HERE.glob("*.py"), *SCRIPTS)} | {"engine", "datasets", "extras"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ours - {
+                "diffusers_unet", "speed", "quality_per_cost"}:
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                assert hasattr(module, name.name) or importlib.util.find_spec(
+                    f"{node.module}.{name.name}"), f"{path.name}: {node.module}.{name.name}"
+
+
+def test_run_by_their_path_from_another_folder(tmp_path):
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "many_draws.py"), "--draws", "1", "1"],
+                          cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == 2 and "--draws: [1, 1]; write 2 to 10" in done.stderr
+
+
+def test_load():
     import load
     load.write_images(60)
     for _ in range(2):                              # decoded, then from the cache
         assert sum(map(len, load.load(60).values())) == 60
     load.nearest(60)
-    monkeypatch.setattr(load.loop, "save_picture", None)        # put back afterwards
-    monkeypatch.setattr(load.loop.pictures, "one", None)
     load.ledger(60)
+    assert len(list(Path("ledger/synthetic").glob("*/*.png"))) == 60
 
 
-def test_many_draws():
+def test_over_draws():
     import many_draws
     # by hand: mean 2.5, standard deviation sqrt(5/3), t of 3 degrees of freedom 3.182
     assert many_draws.over_draws([1.0, 2.0, 3.0, 4.0], 0.0) == pytest.approx((2.5, 0.446, 4.554),
@@ -38,8 +78,33 @@ def test_many_draws():
     assert 0.94 < np.mean(held) < 0.96
 
 
-def test_fuzz(monkeypatch):
+def test_gains_in_a_draw_whose_cell_is_too_small():
+    import many_draws
+    measure = [{"guided": 0.75, "real": 0.5}, {"guided": None, "real": 0.5}]
+    assert many_draws.gained(measure, "real") == [0.25, None]
+
+
+def test_fuzz():
     import fuzz
-    monkeypatch.setattr(fuzz.loop.Experiment, "go", None)
-    monkeypatch.setattr(sys, "argv", ["fuzz.py", "--cases", "30"])
-    assert fuzz.main() == 0
+    assert fuzz.main(["--cases", "30"]) == 0
+
+
+def test_sensitivity_of_the_survey_is_the_report_s():
+    """when_does_it_help.tables against measures.everything, on made-up predictions."""
+    import when_does_it_help as survey
+    rng, n, seeds = np.random.default_rng(0), 200, 3
+    p = {"class_names": np.array(["nv", "mel"]), "group_names": np.array(["I", "VI"]),
+         "subtype_names": np.array([], str), "malignant": np.array([False, True]),
+         "arms": np.array(["real"]), "seeds": np.arange(seeds), "optimistic": np.array([False])}
+    for split in ("val", "test"):
+        labels = rng.integers(0, 2, n)
+        sick = np.clip(0.3 * labels + rng.uniform(0, 0.7, (seeds, n)), 0, 1)
+        probs = np.stack([1 - sick, sick], -1)
+        p |= {f"{split}_labels": labels, f"{split}_groups": rng.integers(0, 2, n),
+              f"{split}_subtypes": np.full(n, -1), f"{split}_reference": probs,
+              f"{split}_lesions": np.arange(n).astype(str), f"{split}_probs_real": probs}
+    test = measures.everything(p, draws=50)["arms"]["real"]["test"]
+    found = survey.tables(p, "real", evaluate.subsets(p, 10)[0], np.ones((n, 1)), 10)
+    assert set(found) == set(survey.METRICS)
+    for (subset, metric), table in found.items():
+        assert table.mean() == pytest.approx(test[subset][metric]["value"], abs=1e-6)

@@ -1,7 +1,6 @@
 """classifier.py: the published ResNet-18's shape, plain functions on its weights, numpy, toys."""
 import copy
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import classifier
-from classifier import ResNet, balanced_weights, build, jitter_colour, predict, random_shift
+from classifier import ResNet, balanced_weights, build, predict
+from engine.augment import random_shift, random_turn, to_float
 from engine.training import seeded
+from extras.networks import load_published
+from extras.outcome import extract_features
+from oracle import normal as drawn_normal
 
 
 def generator(seed=0):
@@ -21,7 +23,7 @@ def generator(seed=0):
 
 
 def normal(*shape, seed=0):
-    return torch.randn(shape, generator=generator(seed))
+    return drawn_normal(*shape, seed=seed, dtype=torch.float32)
 
 
 def settled(network, seed=0):
@@ -87,9 +89,9 @@ def weights(name):
 def test_published_weights_are_loaded_and_compute_what_they_should(tmp_path, name, levels):
     given = {key: value for key, value in weights(name).items() if not key.endswith("tracked")}
     torch.save(given, tmp_path / "w.pth")                    # older files have no counters
-    network = seeded(1, lambda: build(name, 32, 4, levels, published=True)).eval()
+    network = seeded(1, build, name, 32, 4, levels, published=True).eval()
     last = network.fc.weight.clone()
-    classifier.load_weights(network, str(tmp_path / "w.pth"))
+    load_published(network, str(tmp_path / "w.pth"))
     state = network.state_dict()
     assert all(torch.equal(state[key], given[key]) for key in given if not key.startswith("fc"))
     assert torch.equal(network.fc.weight, last) and len(last) == 4
@@ -114,7 +116,7 @@ def test_a_wrong_file_of_weights_is_told_in_one_line(tmp_path, content, words):
     elif content is not None:
         torch.save(weights(content) if content == "resnet34" else content, path)
     with pytest.raises(ValueError, match=words) as error:
-        classifier.load_weights(build("resnet18", 64, 4, published=True), str(path))
+        load_published(build("resnet18", 64, 4, published=True), str(path))
     assert "\n" not in str(error.value)
 
 
@@ -185,57 +187,6 @@ def test_a_guide_needs_t_and_a_student_refuses_it():
         build("small", 16, 3)(x, t)
 
 
-# ---- what is done to a batch --------------------------------------------------------------------
-
-def test_jitter_of_strength_0_is_the_image_itself():
-    x = normal(4, 3, 2, 2)
-    assert jitter_colour(x, 0, generator()) is x
-
-
-@pytest.mark.parametrize("strength, up", [(0.1, 0.1), (0.3, 0.15), (1.0, 0.15)])
-def test_jitter_gains_are_as_documented(strength, up):
-    n, grey = 20_000, -0.6                                   # light 0.4: no gain reaches the clip
-    light = jitter_colour(torch.full((n, 3, 2, 2), grey), strength, generator()).double() + 1
-    gain = (light / (1 + grey)).log()
-    assert (gain == gain[:, :, :1, :1]).all()                # one gain for all pixels
-    gain = gain[:, :, 0, 0]
-    # common in [-strength, up], each channel up to a tenth of strength beside it
-    own = 0.1 * strength
-    assert gain.min() >= -strength - own - 1e-5 and gain.max() <= up + own + 1e-5
-    assert gain.min() < -strength and gain.max() > up
-    spread = gain.max(1)[0] - gain.min(1)[0]
-    assert 1.8 * own < spread.max() <= 2 * own + 1e-5
-    assert abs(gain.mean() - (up - strength) / 2) < 0.01 * (up + strength)
-    wanted = (up + strength) ** 2 / 12 + own ** 2 / 3        # two uniforms
-    assert abs(gain.var(0) / wanted - 1).max() < 0.05
-
-
-def test_jitter_scales_light_and_clips():
-    x = torch.tensor([-1.0, 0.0, 0.9]).view(1, 1, 1, 3).expand(500, 3, 1, 3)
-    found = jitter_colour(x, 1.0, generator())
-    gain = found[:, :, 0, 1] + 1
-    assert (found[:, :, 0, 0] == -1).all()                   # black stays black
-    assert torch.allclose(found[:, :, 0, 2], (1.9 * gain - 1).clamp(max=1), atol=1e-5)
-    assert (found == 1).any() and found.max() == 1
-
-
-@pytest.mark.parametrize("pixels", [1, 2])
-def test_random_shift_is_a_crop_of_the_mirrored_image(pixels):
-    x, n = normal(400, 2, 5, 6), 2 * pixels + 1
-    found, chosen = random_shift(x, generator(), pixels).numpy(), []
-    assert found.shape == x.shape
-    for image, moved in zip(x.numpy(), found):
-        padded = np.pad(image, [(0, 0), (pixels, pixels), (pixels, pixels)], mode="reflect")
-        fits = [(i, j) for i in range(n) for j in range(n)
-                if np.array_equal(padded[:, i:i + 5, j:j + 6], moved)]
-        assert len(fits) == 1
-        chosen += fits
-    counts = np.zeros((n, n))
-    np.add.at(counts, tuple(np.transpose(chosen)), 1)
-    mean = 400 / n ** 2                                      # rows and columns move independently
-    assert abs(counts - mean).max() < 5 * math.sqrt(mean)
-
-
 # ---- how often each image is drawn --------------------------------------------------------------
 
 def test_balanced_weights_by_hand():
@@ -279,13 +230,42 @@ def greys(n=8):
 def test_images_are_drawn_as_often_as_their_weights_say_with_their_own_labels():
     weights = torch.tensor([0.0, 1, 2, 3, 0, 4, 5, 0])
     network = Reader()
-    history = classifier.train(network, greys(), torch.arange(8) % 3, weights, steps=40, batch=500,
+    history = classifier.train(network, greys(), torch.arange(8) % 3, weights, steps=40, batch=250,
                                lr=0.0, jitter=0.0, seed=0)
-    counts, n = np.bincount(torch.cat(network.drawn), minlength=8), 20_000
+    counts, n = np.bincount(torch.cat(network.drawn), minlength=8), 10_000
     p = weights.numpy() / 15
     assert counts.sum() == n and (counts[p == 0] == 0).all()
     assert (abs(counts - n * p) <= 5 * np.sqrt(n * p * (1 - p))).all()
     assert max(history) < 1e-6                               # any wrong label would cost 50
+
+
+def test_an_index_is_drawn_where_its_share_of_the_sum_lies():
+    """By brute force: the first index whose cumulative share is not below the number drawn."""
+    weights = torch.tensor([0.0, 3, 0, 1, 5, 0, 0.5])
+    found = classifier.pick(classifier.cumulative(weights), 300, generator(3)).tolist()
+    shares = np.cumsum(weights.numpy()) / weights.sum().item()
+    u = torch.rand(300, generator=generator(3), dtype=torch.float64).tolist()
+    assert found == [next(i for i in range(7) if shares[i] >= v) for v in u]
+    assert set(found) == {1, 3, 4, 6}
+
+
+@pytest.mark.parametrize("guide", [False, True])
+def test_the_loss_is_the_cross_entropy_of_what_the_network_is_shown(guide):
+    """Turned and shifted by the stream of the step (nothing else draws before), or noised."""
+    images = torch.randint(256, (9, 3, 16, 16), generator=generator(), dtype=torch.uint8)
+    labels, index = torch.arange(9) % 5, torch.tensor([3, 3, 8, 0])
+    network, levels = seeded(1, ResNet, 5, (1,), 8, "small", 10 * guide).eval(), [4, 0, 9, 1]
+
+    def noise(x0, generator):
+        return x0 / 2 - 0.1, torch.tensor(levels)
+    found = classifier.loss(network, images, labels, 0.0, noise if guide else None, index,
+                            generator(5))
+    stream = generator(5)
+    x = random_turn(to_float(images[[3, 3, 8, 0]]), stream)
+    logits = (network(x / 2 - 0.1, torch.tensor(levels)) if guide else
+              network(random_shift(x, stream, 1)))
+    p = torch.softmax(logits, 1).detach().numpy()
+    assert found.item() == pytest.approx(-np.log(p[range(4), [3, 3, 3, 0]]).mean(), rel=1e-4)
 
 
 def test_a_guide_is_trained_on_noised_images_and_their_levels():
@@ -314,15 +294,21 @@ def toy(n, seed):
 
 def learnt(**more):
     images, labels = toy(100, 0)
-    network = seeded(3, lambda: ResNet(2, (1, 1), 8, "small"))
+    network = seeded(3, ResNet, 2, (1, 1), 8, "small")
     classifier.train(network, images, labels, torch.ones(100), steps=80, batch=32, lr=0.01,
                      jitter=0.2, seed=1, **more)
     return network
 
 
 @pytest.fixture(scope="module")
-def student():
-    return learnt()
+def states():
+    """What training saves on its way; `student` fills it."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def student(states):
+    return learnt(save=lambda state: states.append(copy.deepcopy(state)))
 
 
 def test_a_toy_is_learnt_and_unseen_images_are_recognised(student):
@@ -331,29 +317,27 @@ def test_a_toy_is_learnt_and_unseen_images_are_recognised(student):
     assert (predict(student, images).argmax(1) == labels.numpy()).mean() == 1
 
 
-def test_a_resumed_student_is_the_unbroken_one_to_the_bit(student):
-    states = []
-    learnt(save=lambda state: states.append(copy.deepcopy(state)), save_every=40)
-    again = learnt(state=states[0])
-    assert states[0]["step"] == 40
+def test_a_resumed_student_is_the_unbroken_one_to_the_bit(student, states):
+    assert [state["step"] for state in states] == [20, 40, 60]
+    again = learnt(state=states[1])
     assert all(torch.equal(again.state_dict()[k], v) for k, v in student.state_dict().items())
 
 
 def test_predictions_are_rows_of_probabilities_whatever_the_batch(student):
-    images, _ = toy(37, 2)
+    images, _ = toy(520, 2)                                  # more than it takes at once
     whole = predict(student.train(), images)                 # it asks for eval mode itself
-    assert whole.shape == (37, 2) and whole.dtype == np.float32
+    assert whole.shape == (520, 2) and whole.dtype == np.float32
     assert np.allclose(whole.sum(1), 1, atol=1e-6)
-    for batch in (1, 10, 37):
-        assert np.allclose(predict(student, images, batch=batch), whole, atol=1e-5)
+    for part in (slice(0, 1), slice(3, 40), slice(490, 520)):
+        assert np.allclose(predict(student, images[part]), whole[part], atol=1e-5)
     assert np.allclose(predict(student, images.flip(0))[::-1], whole, atol=1e-5)
     logits = plain(student.state_dict(), images.float() / 127.5 - 1).double()
     assert np.allclose(whole, torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True), atol=1e-4)
 
 
 def test_extracted_features_are_what_the_last_layer_sees(student):
-    images, _ = toy(9, 3)
-    features = classifier.extract_features(student.train(), images, batch=4)
+    images, _ = toy(505, 3)
+    features = extract_features(student.eval(), images)
     logits = torch.tensor(features) @ student.fc.weight.T + student.fc.bias
-    assert features.shape == (9, 16)
+    assert features.shape == (505, 16)
     assert np.allclose(logits.softmax(1).detach(), predict(student, images), atol=1e-5)

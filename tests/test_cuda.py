@@ -2,20 +2,18 @@
 without one."""
 import io
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import classifier
 import ddpm
 import guidance
 import loop
-from engine import training
-from engine.training import seeded
+from engine.augment import to_float
+from engine.training import fit, seeded, step_generator
 from unet import UNet
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +36,7 @@ def images(n=40, device="cuda"):
 
 
 def unet():
-    return seeded(0, lambda: UNet(16, 3, 2, 32, (1, 2))).cuda()
+    return seeded(0, UNet, 16, 3, 2, 32, (1, 2)).cuda()
 
 
 def train_unet(network, **more):
@@ -53,7 +51,7 @@ def train_student(network, **more):
 
 
 def student():
-    return seeded(0, lambda: classifier.build("small", 16, 3)).cuda()
+    return seeded(0, classifier.build, "small", 16, 3).cuda()
 
 
 def apart(one, other):
@@ -78,17 +76,17 @@ def test_recorded_steps_draw_anew():
     def pick(generator):
         return torch.rand(4, generator=generator, device="cuda")
 
-    def loss_fn(u, generator, part):
+    def loss(u, generator):
         kept.copy_(u)
-        return network(u[part, None]).square().mean()
+        return network(u[:, None]).square().mean()
 
     class Watch:
         def update(self, network):
             drawn.append(kept.tolist())
 
     kept = torch.zeros(4, device="cuda")
-    training.fit(network, pick, loss_fn, steps=8, lr=0.1, seed=5, device="cuda", ema=Watch())
-    wanted = [torch.rand(4, generator=training.step_generator(5, step, "cuda"), device="cuda")
+    fit(network, pick, loss, steps=8, lr=0.1, seed=5, device="cuda", ema=Watch())
+    wanted = [torch.rand(4, generator=step_generator(5, step, "cuda"), device="cuda")
               for step in range(8)]
     assert drawn == [u.tolist() for u in wanted]
 
@@ -106,7 +104,7 @@ def test_stopped_and_resumed_is_unbroken():
         kept.append(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
         raise Stop
     with pytest.raises(Stop):
-        train_unet(stopped, steps=60, save=save, save_every=20)
+        train_unet(stopped, steps=60, save=save)
     train_unet(resumed, steps=60, state=kept[0])
     assert apart(whole, resumed) < 1e-4
 
@@ -118,7 +116,8 @@ def test_compiled_training_learns_the_same():
     assert apart(plain, compiled) < 1e-3
 
 
-def test_guided_images_are_those_of_the_cpu():
+@pytest.mark.parametrize("sampler", ["ddim", "dpm"])
+def test_guided_images_are_those_of_the_cpu(sampler):
     network = unet()
     train_unet(network)
     made = []
@@ -130,14 +129,14 @@ def test_guided_images_are_those_of_the_cpu():
         own = ddpm.eps_model(net, schedule, y, g)
         wanted = guidance.guided_eps(ddpm.eps_model(net, schedule, y, 1 - g, scale=2.0), schedule,
                                      [(0.1, guidance.hardness([judge], y))])
-        made.append(guidance.counterfactual(own, wanted, schedule, training.to_float(x), 0.9,
-                                            6).cpu())
+        made.append(guidance.counterfactual(own, wanted, schedule, to_float(x), 0.9, 6,
+                                            ddpm.SAMPLERS[sampler]).cpu())
     assert torch.allclose(*made, atol=2e-3)
 
 
 def test_a_run_ends_in_its_report(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert loop.main(["--config", str(ROOT / "configs" / "tiny.yaml")]) == 0
+    assert loop.main(["--config", str(ROOT / "configs/tiny.yaml")]) == 0
     found = json.loads((tmp_path / "runs" / "tiny" / "results.json").read_text())
     assert found["environment"]["device"].startswith("cuda")
     assert (tmp_path / "runs" / "tiny" / "report.html").exists()

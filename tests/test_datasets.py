@@ -2,7 +2,6 @@
 import csv
 import io
 import shutil
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,11 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import data
-from datasets import layouts as datasets
-from test_data import OPTIONS, class_folders, refuse
-from test_data import everything as load
+from datasets import images, layouts
+from datasets.layouts import HAM_CLASSES
+from test_images import class_folders, everything as load, refuse
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real tables are not on this machine")
@@ -38,15 +35,15 @@ def table(path: Path, rows: list[list]) -> None:
 @needs_real
 def test_isic_2019_table_is_exact():
     files = sorted((REAL / "metadata").glob("ISIC*"))
-    listing = datasets.isic(files, "age_approx")
+    listing = layouts.isic(files, "age_approx")
     assert len(listing.rows) == 25331 == len({row.image for row in listing.rows})
     assert Counter(row.label for row in listing.rows) == dict(
         nv=12875, mel=4522, bcc=3323, bkl=2624, ak=867, scc=628, vasc=253, df=239)
     lesions = [row.lesion for row in listing.rows if row.lesion]
     assert (len(lesions), len(set(lesions))) == (23247, 11847)
-    names, index = datasets.coded([row.group for row in listing.rows])
+    names, index = layouts.coded([row.group for row in listing.rows])
     assert names == ("0 to 20", "25 to 40", "45 to 60", "65 to 85") and (index < 0).sum() == 437
-    refuse("no column 'age'.*age_approx", datasets.isic, files, "age")
+    refuse("no column 'age'.*age_approx", layouts.isic, files, "age")
 
 
 def test_isic_2018(tmp_path):
@@ -82,15 +79,15 @@ def test_isic_2018(tmp_path):
 @needs_real
 def test_fitzpatrick17k_table_is_exact():
     path = REAL / "metadata" / "fitzpatrick17k.csv"
-    rows = datasets.read_csv(path, ("md5hash", "fitzpatrick_scale"))
+    rows = layouts.read_csv(path, ("md5hash", "fitzpatrick_scale"))
     assert len(rows) == 16577 == len({row["md5hash"] for row in rows})
     assert Counter(row["fitzpatrick_scale"] for row in rows) == {
         "1": 2947, "2": 4808, "3": 3308, "4": 2781, "5": 1533, "6": 635, "-1": 565}
     sick = {"three_partition_label": {"malignant"}, "nine_partition_label": {
         "malignant epidermal", "malignant melanoma", "malignant dermal",
         "malignant cutaneous lymphoma"}}
-    for label, classes in zip(datasets.PARTITIONS, (3, 9, 114)):
-        listing = datasets.fitzpatrick17k([path], label, "fitzpatrick_scale")
+    for label, classes in zip(layouts.PARTITIONS, (3, 9, 114)):
+        listing = layouts.fitzpatrick17k([path], label, "fitzpatrick_scale")
         assert len(listing.class_names) == classes and len(listing.rows) == 16577 - 17
         assert set(listing.malignant) == sick.get(label, set(listing.malignant))
         assert listing.notes == ("rows left out that qc calls wrongly labelled: 17",)
@@ -98,8 +95,8 @@ def test_fitzpatrick17k_table_is_exact():
     assert "psoriasis" in listing.class_names and "psoriasis" not in listing.malignant
     types = Counter(row.group for row in listing.rows)
     wrong = Counter(row["fitzpatrick_scale"] for row in rows if row["qc"].startswith("3"))
-    assert types["VI"] == 635 - wrong["6"] and types[""] == 565 - wrong["-1"]
-    refuse("data.label_column: 'dx'", datasets.fitzpatrick17k, [path], "dx", "")
+    assert types["VI"] == 635 - wrong["6"] and types["-1"] == 565 - wrong["-1"]
+    refuse("data.label_column: 'dx'", layouts.fitzpatrick17k, [path], "dx", "")
 
 
 def test_fitzpatrick17k_loads(tmp_path):
@@ -129,7 +126,7 @@ def derma(root: Path, size: int = 28, told: list | None = None) -> dict:
     root.mkdir(exist_ok=True)
     np.savez_compressed(root / f"dermamnist_{size}.npz", **arrays)
     if told:
-        rows = [[f"{split[:2]}{i}", f"{split}-lesion-{i}", datasets.HAM_CLASSES[i % 7], split,
+        rows = [[f"{split[:2]}{i}", f"{split}-lesion-{i}", HAM_CLASSES[i % 7], split,
                  ("male", "female")[i % 2]]
                 for i in range(28) for split in ("test", "train", "val")   # splits lie mixed in it
                 if i < len(arrays[f"{split}_labels"])]
@@ -138,48 +135,47 @@ def derma(root: Path, size: int = 28, told: list | None = None) -> dict:
 
 
 COLUMNS = ["image_id", "lesion_id", "dx", "split", "sex"]
-SPLIT = dict(root="", seed=0, train=0, val=0, test=0, val_fraction=0.1, test_fraction=0.1, folds=2,
-             labelled=1.0, split_by="lesion")
 
 
 @pytest.mark.parametrize("size", [28, 64])
 def test_dermamnist_keeps_its_own_splits(tmp_path, size):
     arrays = derma(tmp_path, size)
-    splits = data.load("dermamnist", **OPTIONS | SPLIT | {"root": tmp_path, "size": size})
-    for split, part in splits.items():
-        wanted = arrays[f"{split}_images"].transpose(0, 3, 1, 2)
-        assert np.array_equal(part.images, wanted)             # the npz's size: not a pixel moved
-        assert np.array_equal(part.labels, arrays[f"{split}_labels"][:, 0])
-    assert splits["test"].sources[3] == "test-000003" and set(splits["train"].folds) == {0, 1}
-    assert splits["train"].class_names == datasets.HAM_CLASSES
+    loaded = load("dermamnist", tmp_path, size)
+    assert Counter(loaded.sides) == dict(train=28, val=7, test=7)
+    for split in layouts.SPLITS:
+        here, wanted = loaded.sides == split, arrays[f"{split}_images"].transpose(0, 3, 1, 2)
+        assert np.array_equal(loaded.images[here], wanted)     # the npz's size: not a pixel moved
+        assert np.array_equal(loaded.labels[here], arrays[f"{split}_labels"][:, 0])
+    assert loaded.sources[loaded.sides == "test"][3] == "test-000003"
+    assert loaded.class_names == HAM_CLASSES
 
 
 @pytest.mark.parametrize("columns", [COLUMNS, ["image", "other", "diag", "split", "sex"]])
 def test_dermamnist_corrected_and_extended(tmp_path, columns):
     derma(tmp_path, told=columns)
-    loaded, sides = data.load_images("dermamnist", tmp_path, 28, **OPTIONS | {"group": "sex"})
-    assert Counter(sides) == dict(train=28, val=7, test=7)
+    loaded = load("dermamnist", tmp_path, 28, group="sex")
+    assert Counter(loaded.sides) == dict(train=28, val=7, test=7)
     assert loaded.sources[29] == "va1" and loaded.group_names == ("female", "male")
     assert list(loaded.groups[:4]) == [1, 0, 1, 0]
     assert loaded.lesions[29] == ("val-lesion-1" if columns == COLUMNS else "va1")
 
 
-def test_a_lesion_in_two_of_its_splits_is_kept_together(tmp_path):
+def test_dermamnist_a_picture_in_two_splits_is_one_lesion(tmp_path):
     arrays = derma(tmp_path)
     arrays["test_images"][4] = arrays["train_images"][11]       # both of class 4
     arrays["test_images"][1] = arrays["val_images"][1]
     np.savez(tmp_path / "dermamnist_28.npz", **arrays)
-    wanted = SPLIT | {"root": tmp_path, "size": 28}
-    splits = data.load("dermamnist", **OPTIONS | wanted)
-    assert [len(part) for part in splits.values()] == [29, 8, 5]
-    assert not set(splits["train"].lesions) & set(splits["test"].lesions)
-    assert splits["train"].notes == (
+    loaded = load("dermamnist", tmp_path, 28)
+    lesion = dict(zip(loaded.sources, loaded.lesions))
+    assert lesion["test-000004"] == lesion["train-000011"]
+    assert lesion["test-000001"] == lesion["val-000001"] and len(set(loaded.lesions)) == 40
+    assert loaded.notes == (
         "images that repeat another, pixel for pixel, and count as the same lesion: 2",
         "images moved to the split where their lesion already stands: 2")
-    # by image, as released, and the leak is measured
-    splits = data.load("dermamnist", **OPTIONS | wanted | {"split_by": "image"})
-    assert [len(part) for part in splits.values()] == [28, 7, 7]
-    assert data.leaked_share(splits)["all"] == 1 / 7
+    side = dict(zip(loaded.sources, loaded.sides))
+    assert side["test-000004"] == "train" and side["test-000001"] == "val"
+    own = load("dermamnist", tmp_path, 28, split_by="image")
+    assert [s.split("-")[0] for s in own.sources] == list(own.sides) and len(own.notes) == 1
 
 
 def test_dermamnist_errors(tmp_path):
@@ -195,16 +191,16 @@ def test_dermamnist_errors(tmp_path):
     path = tmp_path / "dermamnist_28.npz"
     whole = path.read_bytes()
     for changed, match in (
-            ({"val_labels": arrays["val_labels"][:-1]}, r"val_images cannot be read \(found uint8"),
+            ({"val_labels": arrays["val_labels"][:-1]}, "val_images: found uint8"),
             ({"val_images": arrays["val_images"].astype(float)}, "found float64"),
             ({"val_images": arrays["val_images"][..., 0]}, r"\(7, 28, 28\), wanted uint8 \(7, H"),
-            ({"val_labels": arrays["val_labels"] + 5}, "no DermaMNIST file")):
+            ({"val_labels": arrays["val_labels"] + 5}, "val-000002 has the class '7'")):
         np.savez(path, **arrays | changed)
         refuse(match, load, "dermamnist", tmp_path)
     np.savez(path, **{k: v for k, v in arrays.items() if k != "test_labels"})
-    refuse("no DermaMNIST file", load, "dermamnist", tmp_path)
+    refuse("test_labels cannot be read", load, "dermamnist", tmp_path)
     path.write_bytes(whole[:-300])
-    refuse("no DermaMNIST file", load, "dermamnist", tmp_path)
+    refuse("train_labels cannot be read", load, "dermamnist", tmp_path)
     start = whole.index(b"val_images.npy") + 500
     path.write_bytes(whole[:start] + bytes(200) + whole[start + 200:])
     refuse("val_images cannot be read", load, "dermamnist", tmp_path)
@@ -256,7 +252,7 @@ def test_nothing_outside_the_root_is_read(tmp_path):
     (root / "inside.jpg").symlink_to(root / "a.jpg")
     message = refuse(r"5 problem\(s\)", load, "csv", root, **CSV)
     assert all(f"no {name} below the root" in message for name in outside)
-    assert len(load("csv", root, **CSV, skip_bad=True)) == 4
+    assert len(load("csv", root, **CSV, skip_bad=True).images) == 4
 
 
 # ---------------------------------------------------------------------------- wrong, and dropped
@@ -278,7 +274,7 @@ def test_skip_bad_leaves_out_what_is_wrong_and_counts_it(tmp_path):
         assert part in message
     loaded = load("csv", root, **CSV, skip_bad=True)
     left = {str(path.relative_to(root)) for path in root.rglob("*/*.*")}
-    assert set(loaded.sources) == left - {"mel/1.jpg", "mel/2.jpg"} and len(loaded) == 10
+    assert set(loaded.sources) == left - {"mel/1.jpg", "mel/2.jpg"} and len(left) == 12
     assert "left out 8 of 18 images for 6 problem(s)" in loaded.notes[0]
     for cache in (None, tmp_path / "cache"):
         for path in root.glob("*/*.*"):
@@ -298,7 +294,7 @@ def test_what_is_unreadable_is_remembered_with_the_cache(tmp_path):
     calls = []
     loaded = load("folder", root, 8, tmp_path / "cache", lambda *done: calls.append(done),
                   skip_bad=True)
-    assert len(loaded) == 10 and not calls and len(loaded.notes) == 1
+    assert len(loaded.images) == 10 and not calls and len(loaded.notes) == 1
 
 
 def test_the_same_picture_never_straddles_a_split(tmp_path):
@@ -312,28 +308,27 @@ def test_the_same_picture_never_straddles_a_split(tmp_path):
     assert all(lesions[f"nv/{i}.jpeg"] == lesions[f"nv/copy{i}.jpeg"] for i in range(3))
     assert len(set(lesions.values())) == 36
     shutil.copy(root / "nv" / "5.jpeg", root / "mel" / "copy.jpg")
-    refuse("mel/copy.jpg and nv/5.jpeg are the same picture, but mel and nv", load, "folder", root)
-    assert len(load("folder", root, skip_bad=True)) == 38
+    refuse(r"mel/copy.jpg \(mel\) and nv/5.jpeg \(nv\) are the same picture: keep one", load,
+           "folder", root)
+    assert len(load("folder", root, skip_bad=True).images) == 38
 
 
 def test_lesions_that_share_pictures_become_one():
-    rows = [datasets.Row(f"i{i}", "nv", lesion) for i, lesion in enumerate("EDCBAB")]
-    twins = [(rows[0], rows[2]), (rows[1], rows[5]), (rows[2], rows[3])]
-    assert "".join(data.join_lesions(rows, twins)) == "BBBBAB"
-    assert "".join(data.join_lesions(rows, twins[:1])) == "CDCBAB"
-    # the first left out: its two copies still belong together
-    assert "".join(data.join_lesions(rows[1:], [(rows[0], rows[1]), (rows[0], rows[4])])) == "ACBAB"
+    rows = [layouts.Row(f"i{i}", "nv", lesion) for i, lesion in enumerate("EDCBAB")]
+    twins = [[rows[0], rows[2]], [rows[1], rows[5]], [rows[2], rows[3], rows[0]]]
+    assert "".join(images.join_lesions(rows, twins)) == "BBBBAB"
+    assert "".join(images.join_lesions(rows, twins[:1])) == "CDCBAB"
 
 
 # ---------------------------------------------------------------------------- groups
 
 def test_groups_from_a_column():
-    names, index = datasets.coded(["male", "", "female", "Unknown", "male", "NA"])
+    names, index = layouts.coded(["male", "", "female", "Unknown", "male", "NA"])
     assert names == ("female", "male") and list(index) == [1, -1, 0, -1, 1, -1]
-    names, index = datasets.coded(["3", "10", "-1", "3.0", "nan"])     # few numbers: each its own
+    names, index = layouts.coded(["3", "10", "-1", "3.0", "nan"])     # few numbers: each its own
     assert names == ("3", "10") and list(index) == [0, 1, -1, 0, -1]
     ages = ["0", "5", "20", "35.0", "40", "80", "85", ""]
-    names, index = datasets.coded(ages)
+    names, index = layouts.coded(ages)
     assert names == ("0 to 20", "35 to 40", "80 to 85") and list(index) == [0, 0, 0, 1, 1, 2, 2, -1]
-    assert datasets.coded(["", ""])[0] == ()
-    refuse("21 groups, a00, a01", datasets.coded, [f"a{i:02d}" for i in range(21)])
+    assert layouts.coded(["", ""])[0] == ()
+    refuse("21 groups, a00, a01", layouts.coded, [f"a{i:02d}" for i in range(21)])

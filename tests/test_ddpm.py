@@ -1,26 +1,22 @@
 """ddpm.py against the papers' formulas in numpy, brute-force Bayes and an exact Gaussian oracle."""
+import inspect
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import ddpm
-from ddpm import (EMA, Noise, Schedule, ddim_step, ddim_times, invert_ddim, sample_ddim,
+from engine.training import Noise
+from ddpm import (SAMPLERS, Schedule, ddim_step, even_times, invert_ddim, sample_ddim,
                   sample_ddpm, sample_dpm)
-from oracle import Gaussian, paper_abar
+from engine.training import seeded
+from oracle import Gaussian, normal, paper_abar
 from unet import UNet
 
 EXACT = dict(rtol=1e-9, atol=1e-11)
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+UNCLIPPED = math.inf
 
 
 # ---- the schedule -------------------------------------------------------------------------------
@@ -77,8 +73,8 @@ def test_abar_is_1_at_the_clean_image_and_takes_the_dtype_asked():
 def test_t_of_a_wrong_shape_is_refused(t):
     schedule, x = Schedule(50), torch.zeros(2, 3, 2, 2)
     for call in (schedule.q_sample, schedule.predict_x0, schedule.velocity,
-                 lambda a, t, b: schedule.posterior_mean(a, b, t)):
-        with pytest.raises(ValueError, match="t has shape"):
+                 lambda a, t, b: schedule.posterior(a, b, t, t - 1)):
+        with pytest.raises(ValueError, match="^t: "):
             call(x, t, x)
 
 
@@ -118,28 +114,43 @@ def test_round_trips_in_float64():
     assert np.allclose(v, (turned(1e-5) - turned(-1e-5)) / 2e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("t", [1, 5, 12, 18])
-def test_posterior_is_what_bayes_says_on_a_grid(t):
-    """q(x_{t-1} | x_t, x_0) is q(x_t | x_{t-1}) q(x_{t-1} | x_0), normalised by summing it."""
+@pytest.mark.parametrize("t, t_prev", [(1, 0), (5, 4), (12, 11), (18, 17), (18, 3), (9, 0)])
+def test_posterior_is_what_bayes_says_on_a_grid(t, t_prev):
+    """q(x_s | x_t, x_0) is q(x_t | x_s) q(x_s | x_0), normalised by summing it; s = t - 1 or less.
+    """
     schedule, abar, x0, x_t = Schedule(20), paper_abar(20, "cosine"), 0.6, -0.4
-    before, now = abar[t], abar[t + 1]
+    before, now = abar[t_prev + 1], abar[t + 1]
     x = np.linspace(-9, 9, 400_001)
     log = (-(x_t - np.sqrt(now / before) * x) ** 2 / (2 * (1 - now / before))
            - (x - np.sqrt(before) * x0) ** 2 / (2 * (1 - before)))
     p = np.exp(log - log.max())
     p /= p.sum()
     mean = (p * x).sum()
-    found = schedule.posterior_mean(*(torch.full((1, 1, 1, 1), v, dtype=torch.float64)
-                                      for v in (x0, x_t)), torch.tensor([t]))
-    assert math.isclose(found.item(), mean, rel_tol=1e-8)
-    assert math.isclose(schedule.posterior_variance[t], (p * (x - mean) ** 2).sum(), rel_tol=1e-8)
+    found = schedule.posterior(*(torch.full((1, 1, 1, 1), v, dtype=torch.float64)
+                                 for v in (x0, x_t)), torch.tensor([t]), torch.tensor([t_prev]))
+    assert math.isclose(found[0].item(), mean, rel_tol=1e-8)
+    assert math.isclose(found[1].item(), (p * (x - mean) ** 2).sum(), rel_tol=1e-8)
 
 
-def test_posterior_of_the_clean_image_is_the_clean_image():
-    schedule, x0 = Schedule(20), normal(2, 3, 2, 2)
-    assert torch.allclose(schedule.posterior_mean(x0, normal(2, 3, 2, 2, seed=1),
-                                                  torch.zeros(2, dtype=torch.int64)), x0, **EXACT)
-    assert schedule.posterior_variance[0] == 0
+def test_posterior_is_per_image_and_eq_7_of_ho_et_al():
+    """Mixed levels and strides in one batch; for neighbours, mu-tilde and beta-tilde of the paper.
+    """
+    schedule, abar = Schedule(20), paper_abar(20, "cosine")
+    x0, x_t, t, before = normal(3, 3, 2, 2), normal(3, 3, 2, 2, seed=1), [1, 9, 19], [0, 8, 18]
+    mean, variance = schedule.posterior(x0, x_t, torch.tensor(t), torch.tensor(before))
+    a, b = (abar[np.array(k) + 1][:, None, None, None] for k in (t, before))
+    beta = 1 - a / b
+    assert np.allclose(mean, np.sqrt(b) * beta / (1 - a) * x0.numpy()
+                       + np.sqrt(1 - beta) * (1 - b) / (1 - a) * x_t.numpy(), **EXACT)
+    assert np.allclose(variance, (1 - b) / (1 - a) * beta, **EXACT)
+
+
+@pytest.mark.parametrize("t", [0, 7, 19])
+def test_posterior_of_the_clean_image_is_the_clean_image(t):
+    x0, t = normal(2, 3, 2, 2), torch.full((2,), t)
+    mean, variance = Schedule(20).posterior(x0, normal(2, 3, 2, 2, seed=1), t,
+                                            torch.full_like(t, -1))
+    assert torch.allclose(mean, x0, **EXACT) and (variance == 0).all()
 
 
 # ---- samplers on the Gaussian oracle ------------------------------------------------------------
@@ -193,7 +204,7 @@ def ddpm_moves(oracle, T):
 
 
 def ddim_moves(oracle, times, eta):
-    """Song et al. 2021, Eq. 12 with sigma of Eq. 16."""
+    """Song et al. 2021, Eq. 12 with sigma of Eq. 16: DDIM at eta = 0, ancestral at eta = 1."""
     for t, u in zip(times, times[1:]):
         a, b = oracle.abar[t + 1], oracle.abar[u + 1]
         k, c = oracle.line(t)
@@ -203,45 +214,55 @@ def ddim_moves(oracle, times, eta):
         yield x0 * k + along, x0 * c, sigma
 
 
-def even_times(steps, last):
+def strides(steps, last):
     return [int(t) for t in np.round(np.linspace(last, -1, steps + 1))]
+
+
+STRIDES = [(1, 49), (2, 49), (7, 49), (50, 49), (5, 20), (21, 20), (1, 0)]
 
 
 @pytest.mark.parametrize("T, kind", [(50, "cosine"), (30, "linear")])
 def test_ddpm_follows_its_recursion(T, kind):
     oracle, schedule = Gaussian(T, kind), Schedule(T, kind)
-    offset, gains = coefficients(
-        lambda x, noise: sample_ddpm(oracle, schedule, x, noise, clip=None), T - 1)
+    offset, gains = coefficients(lambda x, noise: sample_ddpm(
+        oracle, schedule, x, list(range(T - 1, -2, -1)), noise, UNCLIPPED), T - 1)
     wanted_offset, wanted_gains = recursion(ddpm_moves(oracle, T))
     assert math.isclose(offset, wanted_offset, rel_tol=1e-9)
     assert np.allclose(gains, wanted_gains, **EXACT)
 
 
-@pytest.mark.parametrize("steps, start", [(1, None), (2, None), (7, None), (50, None), (5, 20),
-                                          (21, 20), (1, 0)])
-@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
-def test_ddim_follows_its_recursion(steps, start, eta):
+@pytest.mark.parametrize("steps, last", STRIDES)
+@pytest.mark.parametrize("sample, eta", [(sample_ddim, 0), (sample_ddpm, 1)])
+def test_ddim_and_ddpm_on_strides_follow_eq_12(sample, eta, steps, last):
     oracle, schedule = Gaussian(50), Schedule(50)
-    offset, gains = coefficients(
-        lambda x, noise: sample_ddim(oracle, schedule, x, steps, start=start, eta=eta, clip=None,
-                                     noise=noise), steps - 1 if eta else 0)
-    times = even_times(steps, 49 if start is None else start)
-    wanted_offset, wanted_gains = recursion(ddim_moves(oracle, times, eta))
+    offset, gains = coefficients(lambda x, noise: sample(
+        oracle, schedule, x, even_times(steps, last), noise, UNCLIPPED), eta * (steps - 1))
+    wanted_offset, wanted_gains = recursion(ddim_moves(oracle, strides(steps, last), eta))
     assert math.isclose(offset, wanted_offset, rel_tol=1e-9)
     assert np.allclose(gains, wanted_gains, **EXACT)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_the_law_reaches_the_data_as_steps_grow(sampler):
-    """A perfect model at few steps still has too little spread; at 1000 it has the data's."""
-    errors = []
-    for T in (50, 100, 400):
-        oracle = Gaussian(T)
-        moves = (ddpm_moves(oracle, T) if sampler == "ddpm"
-                 else ddim_moves(oracle, even_times(T, T - 1), 0.0))
-        offset, gains = recursion(moves)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_reaches_the_data_s_law_as_steps_grow(name):
+    """A perfect model at few steps still has the wrong spread; at 400 it has the data's."""
+    errors, mean_errors = [], []
+    for T in (25, 100, 400):
+        oracle, schedule = Gaussian(T), Schedule(T)
+        offset, gains = coefficients(lambda x, noise: SAMPLERS[name](
+            oracle, schedule, x, even_times(T, T - 1), noise, UNCLIPPED),
+            T - 1 if name == "ddpm" else 0)
         errors.append(abs(math.sqrt((gains ** 2).sum()) / oracle.s - 1))
-    assert errors[0] > errors[1] > errors[2] and errors[2] < 0.02
+        mean_errors.append(abs(offset - oracle.m))
+    assert errors[2] == min(errors) and errors[2] < 0.02, errors
+    assert mean_errors[2] < 0.01, mean_errors
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_has_the_same_interface(name):
+    """guidance calls any of them by position: (eps_model, schedule, x, times, noise, clip)."""
+    parameters = list(inspect.signature(SAMPLERS[name]).parameters.values())
+    assert [p.name for p in parameters] == ["eps_model", "schedule", "x", "times", "noise", "clip"]
+    assert parameters[-1].default == 1.0
 
 
 def exact_flow(oracle, x, t, u):
@@ -252,47 +273,76 @@ def exact_flow(oracle, x, t, u):
     return (x - a * oracle.m) / sd * sd_u + b * oracle.m
 
 
-def test_samplers_converge_on_the_exact_flow_each_at_its_order(monkeypatch):
+def test_samplers_converge_on_the_exact_flow_each_at_its_order():
     T, start = 20_000, 16_000           # so many levels that the strides are even
     oracle, schedule, x = Gaussian(T), Schedule(T), normal(4, 1, 2, 2)
 
     def errors(sample, end):
-        found = [sample(oracle, schedule, x, steps, start=start, clip=None)
-                 for steps in (20, 40, 80, 160)]
+        found = [sample(oracle, schedule, x, [round(t) for t in np.linspace(start, end, n + 1)],
+                        clip=UNCLIPPED) for n in (20, 40, 80, 160)]
         wanted = exact_flow(oracle, x, start, end)
         return np.array([(f - wanted).abs().max().item() for f in found])
     # To the clean image: the last stride ends where lambda is infinite, and is of first order.
     ddim, dpm = errors(sample_ddim, -1), errors(sample_dpm, -1)
     assert (dpm < ddim / 5).all() and ddim[-1] < 0.02
-    monkeypatch.setattr(ddpm, "ddim_times", lambda steps, last: [
-        round(t) for t in np.linspace(last, 2_000, steps + 1)])
     ddim, dpm = errors(sample_ddim, 2_000), errors(sample_dpm, 2_000)
     assert np.allclose(ddim[:-1] / ddim[1:], 2, atol=0.2)
     assert np.allclose(dpm[:-1] / dpm[1:], 4, atol=0.4)
-    ancestral = Gaussian(400)           # and DDPM's law, which is no flow, reaches the same spread
-    _, gains = recursion(ddpm_moves(ancestral, 400))
-    assert math.isclose(math.sqrt((gains ** 2).sum()), ancestral.s, rel_tol=0.02)
 
 
 def curved(x_t, t):
     """An eps_model that is no straight line, and whose x0_hat a clip often touches."""
-    return 1.3 * torch.tanh(x_t) + 0.01 * t.view(-1, 1, 1, 1) - 0.2
+    return 1.3 * torch.tanh(x_t) + 0.01 * t.to(x_t).view(-1, 1, 1, 1) - 0.2
 
 
-def test_ddim_with_eta_1_and_every_step_is_ddpm():
-    schedule, x = Schedule(40), normal(3, 2, 4, 4)
-    for clip in (None, 0.5):
-        streams = [iter([normal(3, 2, 4, 4, seed=k) for k in range(1, 40)]) for _ in range(2)]
-        one = sample_ddpm(curved, schedule, x, lambda *s: next(streams[0]), clip)
-        other = sample_ddim(curved, schedule, x, 40, eta=1.0, clip=clip,
-                            noise=lambda *s: next(streams[1]))
-        assert torch.allclose(one, other, atol=1e-9)
+@pytest.mark.parametrize("clip", [0.5, UNCLIPPED])
+@pytest.mark.parametrize("steps", [1, 9, 40])
+def test_ddpm_on_strides_is_eq_12_with_eps_made_to_agree_with_what_is_clipped(steps, clip):
+    """Song et al. 2021, Eq. 12 and 16 at eta = 1, in numpy, on a model that is no line."""
+    abar = paper_abar(40, "cosine")
+    found = sample_ddpm(curved, Schedule(40), normal(2, 1, 3, 3), even_times(steps, 39),
+                        self_numbering(), clip)
+    x, z, times = normal(2, 1, 3, 3).numpy(), self_numbering(), strides(steps, 39)
+    for t, u in zip(times, times[1:]):
+        a, b = abar[t + 1], abar[u + 1]
+        eps = 1.3 * np.tanh(x) + 0.01 * t - 0.2
+        x0 = np.clip((x - np.sqrt(1 - a) * eps) / np.sqrt(a), -clip, clip)
+        eps = (x - np.sqrt(a) * x0) / np.sqrt(1 - a)
+        sigma = np.sqrt((1 - b) / (1 - a)) * np.sqrt(1 - a / b)
+        x = np.sqrt(b) * x0 + np.sqrt(1 - b - sigma ** 2) * eps
+        if u >= 0:
+            x = x + sigma * z(1, 3, 3).numpy()
+    assert np.allclose(found, x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("clip", [0.5, UNCLIPPED])
+@pytest.mark.parametrize("steps", [1, 2, 9])
+def test_dpm_is_algorithm_2_of_lu_et_al(steps, clip):
+    """Their box in numpy: lambda, h_i, r_i and D_i by name, alpha and sigma as they write them."""
+    abar, x = paper_abar(40, "cosine"), normal(2, 1, 3, 3)
+    found = sample_dpm(curved, Schedule(40), x, even_times(steps, 39), None, clip)
+    x, estimates, h, times = x.numpy(), [], [], strides(steps, 39)
+    alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
+    lam = np.log(alpha[1:] / sigma[1:])                          # by code level
+    for t, u in zip(times, times[1:]):
+        eps = 1.3 * np.tanh(x) + 0.01 * t - 0.2
+        estimates.append(np.clip((x - sigma[t + 1] * eps) / alpha[t + 1], -clip, clip))
+        if u < 0:
+            break
+        h.append(lam[u] - lam[t])
+        D = estimates[-1]
+        if len(h) > 1:
+            r = h[-2] / h[-1]
+            D = (1 + 1 / (2 * r)) * estimates[-1] - 1 / (2 * r) * estimates[-2]
+        x = sigma[u + 1] / sigma[t + 1] * x - alpha[u + 1] * (np.exp(-h[-1]) - 1) * D
+    assert np.allclose(found, estimates[-1], rtol=1e-8, atol=1e-8)
 
 
 def test_ddpm_is_algorithm_2_and_uses_what_it_clips():
     """The paper's box in numpy, its mean by Eq. 7 from x0_hat held to [-0.5, 0.5]."""
     T, abar, clipped = 15, paper_abar(15, "cosine"), 0
-    found = sample_ddpm(curved, Schedule(T), normal(2, 1, 3, 3), self_numbering(), clip=0.5)
+    found = sample_ddpm(curved, Schedule(T), normal(2, 1, 3, 3), even_times(T, T - 1),
+                        self_numbering(), clip=0.5)
     x, z = normal(2, 1, 3, 3).numpy(), self_numbering()
     for t in range(T, 0, -1):
         a, before = abar[t], abar[t - 1]
@@ -328,16 +378,19 @@ def test_ddim_step_recomputes_eps_from_the_clipped_image():
                                math.sqrt(b) * x0[1] + math.sqrt(1 - b) * 0.1], **EXACT)
 
 
-def test_ddim_ends_in_the_clipped_image():
-    out = sample_ddim(curved, Schedule(50), normal(2, 1, 3, 3), 10, clip=0.5)
-    assert out.abs().max() <= 0.5 + 1e-9
-    assert sample_ddim(curved, Schedule(50), normal(2, 1, 3, 3), 10, clip=None).abs().max() > 0.6
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_ends_in_the_clipped_image(name):
+    def drawn(clip):
+        return SAMPLERS[name](curved, Schedule(50), normal(2, 1, 3, 3), even_times(10, 49),
+                              self_numbering(), clip)
+    assert drawn(0.5).abs().max() <= 0.5 + 1e-9
+    assert drawn(UNCLIPPED).abs().max() > 0.6
 
 
-def test_ddim_times_by_brute_force():
+def test_even_times_by_brute_force():
     for last in range(60):
         for steps in range(1, last + 2):
-            times = ddim_times(steps, last)
+            times = even_times(steps, last)
             assert len(times) == steps + 1 and times[0] == last and times[-1] == -1
             assert all(type(t) is int for t in times)
             assert all(a > b for a, b in zip(times, times[1:]))
@@ -345,9 +398,7 @@ def test_ddim_times_by_brute_force():
             assert gaps.max() - gaps.min() <= 1
         for steps in (-1, 0, last + 2):
             with pytest.raises(ValueError, match="do not fit"):
-                ddim_times(steps, last)
-    with pytest.raises(ValueError):
-        sample_ddim(curved, Schedule(50), normal(1, 1, 2, 2), 51)
+                even_times(steps, last)
 
 
 # ---- inversion ----------------------------------------------------------------------------------
@@ -355,7 +406,7 @@ def test_ddim_times_by_brute_force():
 def test_inversion_is_the_same_ode_upwards():
     """Its coefficients: each move leaves level t with eps taken there, at level 0 for the image."""
     oracle, steps, end = Gaussian(50), 6, 30
-    times = even_times(steps, end)[::-1]
+    times = strides(steps, end)[::-1]
     offset, gain = 0.0, 1.0
     for t, u in zip(times, times[1:]):
         a, b = oracle.abar[t + 1], oracle.abar[u + 1]
@@ -367,7 +418,7 @@ def test_inversion_is_the_same_ode_upwards():
         shift = (math.sqrt(1 - b) - math.sqrt(b * (1 - a) / a)) * e_shift
         offset, gain = slope * offset + shift, slope * gain
     x = torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1)
-    found = invert_ddim(oracle, Schedule(50), x, steps, end).flatten()
+    found = invert_ddim(oracle, Schedule(50), x, even_times(steps, end)).flatten()
     assert math.isclose(found[0], offset, rel_tol=1e-9)
     assert math.isclose(found[1] - found[0], gain, rel_tol=1e-9)
 
@@ -376,9 +427,9 @@ def test_decoding_an_inversion_returns_the_image_at_first_order():
     oracle, schedule = Gaussian(1000), Schedule(1000)
     x0, errors = normal(2, 3, 4, 4).mul(0.4).clamp(-1, 1), []
     for steps in (31, 61, 121, 241):                       # gaps of 32, 16, 8, 4 levels
-        latent = invert_ddim(oracle, schedule, x0, steps, 960)
+        latent = invert_ddim(oracle, schedule, x0, even_times(steps, 960))
         assert (latent - x0).abs().max() > 0.5
-        back = sample_ddim(oracle, schedule, latent, steps, start=960, clip=None)
+        back = sample_ddim(oracle, schedule, latent, even_times(steps, 960), clip=UNCLIPPED)
         errors.append((back - x0).abs().max().item())
     ratios = [a / b for a, b in zip(errors, errors[1:])]
     assert all(1.7 < r < 2.3 for r in ratios), (errors, ratios)
@@ -446,89 +497,60 @@ def test_nothing_is_withheld_at_drop_0_and_everything_at_1():
         assert torch.equal(network.calls[0][2], wanted) and torch.equal(network.calls[0][3], wanted)
 
 
-# ---- training and the averaged weights ----------------------------------------------------------
-
-def test_ema_against_a_loop_by_hand():
-    network = nn.Linear(2, 1)
-    ema = EMA(network, 0.6)
-    mean, n = network.weight.detach().double().clone(), 0
-    for step in range(12):
-        with torch.no_grad():
-            network.weight.copy_(normal(1, 2, seed=step, dtype=torch.float32))
-        ema.update(network)
-        n += 1
-        decay = min(0.6, (1 + n) / (10 + n))
-        mean = decay * mean + (1 - decay) * network.weight.detach().double()
-    assert torch.allclose(ema.shadow["weight"].double(), mean, atol=1e-6)
-    assert (1 + n) / (10 + n) < 0.6 < (1 + n + 4) / (10 + n + 4)      # the rise is not over yet
-    for step in range(12, 20):
-        ema.update(network)
-        n += 1
-        mean = (d := min(0.6, (1 + n) / (10 + n))) * mean + (1 - d) * network.weight.detach()
-    assert torch.allclose(ema.shadow["weight"].double(), mean, atol=1e-6)
-
-
-def test_ema_keeps_its_own_copy_and_comes_back():
-    network = nn.Linear(2, 1)
-    ema = EMA(network, 0.9)
-    before = ema.shadow["weight"].clone()
-    with torch.no_grad():
-        network.weight.add_(1)
-    assert torch.equal(ema.shadow["weight"], before)
-    ema.update(network)
-    other = EMA(nn.Linear(2, 1), 0.9)
-    other.load_state_dict(ema.state_dict())
-    ema.update(network)
-    other.update(network)
-    assert torch.equal(other.shadow["weight"], ema.shadow["weight"])
-
+# ---- training ---------------------------------------------------------------------------------
 
 class Tiny(nn.Module):
-    """One convolution in place of the UNet."""
+    """One convolution in place of the UNet; keeps its weights as they were before every step."""
 
     def __init__(self):
         super().__init__()
-        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.conv, self.path = nn.Conv2d(3, 3, 3, padding=1), []
 
     def forward(self, x_t, t, y, g):
+        self.path.append(self.conv.weight.detach().clone())
         return self.conv(x_t) + y.view(-1, 1, 1, 1) * 0.01
 
 
-def train(network, **progress):
-    images = torch.randint(256, (20, 3, 4, 4), dtype=torch.uint8,
-                           generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(20) % 3
-    return ddpm.train(network, Schedule(20), images, labels, labels, steps=60, batch=8, lr=1e-2,
-                      ema_decay=0.9, prediction="v", drop=0.1, seed=5, **progress)
+def train(network, images=None, labels=None, **more):
+    if images is None:
+        images = torch.randint(256, (20, 3, 4, 4), dtype=torch.uint8,
+                               generator=torch.Generator().manual_seed(0))
+        labels = torch.arange(20) % 3
+    given = dict(steps=60, batch=8, lr=1e-2, ema_decay=0.9, prediction="v", drop=0.1, seed=5)
+    return ddpm.train(network, Schedule(20), images, labels, labels + 100, **given | more)
 
 
-def test_training_leaves_the_averaged_weights(monkeypatch):
-    last, raw = [], EMA.update
+def test_training_leaves_the_averaged_weights():
+    """Their mean by hand. At decay 0 what is left is the last step's weights themselves."""
+    def trained(decay):
+        network = seeded(1, Tiny)
+        history = train(network, ema_decay=decay)
+        return network, history
+    (averaged, history), (raw, same) = trained(0.9), trained(0.0)
+    path = [*averaged.path, raw.conv.weight.detach()]
+    assert len(history) == 3 and history == same and len(path) == 61
+    assert all(torch.equal(a, b) for a, b in zip(averaged.path, raw.path))
+    mean = path[0].double()
+    for n, weight in enumerate(path[1:], start=1):
+        decay = min(0.9, (1 + n) / (10 + n))
+        mean = decay * mean + (1 - decay) * weight.double()
+    assert torch.allclose(averaged.conv.weight.double(), mean, atol=1e-6)
+    assert (path[-1] - mean).abs().max() > 1e-3
 
-    def update(self, network):
-        raw(self, network)
-        last[:] = [self.shadow["conv.weight"].clone(), network.conv.weight.detach().clone()]
-    monkeypatch.setattr(EMA, "update", update)
-    torch.manual_seed(0)
-    network = Tiny()
-    history = train(network)
-    assert torch.equal(network.conv.weight, last[0]) and not torch.equal(last[0], last[1])
-    assert len(history) == 3
 
-
-def test_training_pairs_every_image_with_its_own_label_and_group(monkeypatch):
-    seen = []
-
-    def loss(network, schedule, x0, y, g, generator, part, *, prediction, drop):
-        seen.append((x0, y, g))
-        return network.weight.sum()
-    monkeypatch.setattr(ddpm, "loss", loss)
-    value = torch.arange(0, 200, 10, dtype=torch.uint8)            # every image one flat grey
-    images = value.view(-1, 1, 1, 1).expand(20, 3, 4, 4).contiguous()
-    ddpm.train(nn.Linear(1, 1), Schedule(20), images, torch.arange(20), torch.arange(20) + 100,
-               steps=20, batch=50, lr=0.0, ema_decay=0.9, prediction="v", drop=0.0, seed=0)
-    x0, y, g = (torch.cat(part) for part in zip(*seen))
-    assert torch.allclose(x0[:, 0, 0, 0], value[y] / 127.5 - 1, atol=1e-6)
+def test_training_pairs_every_image_with_its_own_label_and_group():
+    """Every image is one flat grey: what stays of it after the noise is known at every level."""
+    network, value = Recorder(), torch.arange(0, 200, 10, dtype=torch.uint8)
+    network.weight = nn.Parameter(torch.zeros(()))
+    network.rule = lambda x_t, t: network.weight * x_t
+    images = value.view(-1, 1, 1, 1).expand(20, 3, 16, 16).contiguous()
+    train(network, images, torch.arange(20), steps=20, batch=50, lr=0.0, drop=0.0)
+    x_t, t, y, g = (torch.cat(part) for part in zip(*network.calls))
+    abar = torch.tensor(paper_abar(20, "cosine"))[t + 1]
+    wanted, spread = abar.sqrt() * (value[y] / 127.5 - 1), ((1 - abar) / 768).sqrt()
+    assert ((x_t.mean((1, 2, 3)) - wanted).abs() < 5.5 * spread).all()
+    near = spread / abar.sqrt() < 0.1 * 10 / 127.5               # any other image would be 10 off
+    assert len(t) == 1000 and near.sum() > 100
     assert torch.equal(g, y + 100)
     assert abs(np.bincount(y, minlength=20) - 50).max() < 5 * math.sqrt(50)
 
@@ -586,17 +608,15 @@ def randomised(network, seed=0, size=0.1):
     return network.eval()
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_a_batch_of_4_is_a_batch_of_1_and_a_batch_of_3(sampler):
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_batch_of_4_is_a_batch_of_1_and_a_batch_of_3(name):
     schedule, network = Schedule(12), randomised(UNet(8, 3, 2, 16, (1, 2)))
     y, g, seeds = torch.tensor([0, 1, 2, -1]), torch.tensor([0, 1, -1, 0]), [3, 1, 4, 15]
 
     def draw(rows):
         noise = Noise([seeds[r] for r in rows])
         model = ddpm.eps_model(network, schedule, y[rows], g[rows], scale=1.5)
-        if sampler == "ddpm":
-            return sample_ddpm(model, schedule, noise(3, 8, 8), noise)
-        return sample_ddim(model, schedule, noise(3, 8, 8), 5, eta=0.7, noise=noise)
+        return SAMPLERS[name](model, schedule, noise(3, 8, 8), even_times(5, 11), noise)
     whole = draw([0, 1, 2, 3])
     parts = torch.cat([draw([0]), draw([1, 2, 3])])
     assert torch.allclose(whole, parts, atol=1e-4)

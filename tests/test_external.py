@@ -1,15 +1,23 @@
-"""external.py: images made elsewhere come in with their class and group, or with one clear line."""
+"""external.py: images made elsewhere come in with their class and group, or with one clear line;
+others' photographs are scored by a finished run's students, names matched."""
+import csv
+import json
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from extras import external
+import data
+import finished
+import loop
+import predict
+import score_on
+from conftest import SMALL, new
 from data import DataError, ImageSet
+from datasets import phantom
+from engine import config as configuration
+from extras import external, report
 
 NOTHING = np.zeros(0, np.int64)
 LIKE = ImageSet(np.zeros((0, 3, 8, 8), np.uint8), NOTHING, NOTHING, NOTHING.astype(str), NOTHING,
@@ -30,7 +38,7 @@ def made(root):
 
 @pytest.mark.parametrize("what", ["", "made.csv"])
 def test_a_folder_and_a_csv_give_the_same_images(tmp_path, what):
-    found = external.load_made(str(made(tmp_path) / what), LIKE, 8)
+    found = external.read_made(str(made(tmp_path) / what), LIKE, 8)
     assert found.images.shape == (3, 3, 8, 8) and (found.class_names, found.group_names) == (
         LIKE.class_names, LIKE.group_names)
     grey = found.images.mean((1, 2, 3))
@@ -64,21 +72,139 @@ def test_every_problem_stands_in_one_line(tmp_path):
             (tmp_path / "empty", ["guidance.external", "holds no .jpg"]),
             (tmp_path / "absent", ["guidance.external", "is no folder"])):
         with pytest.raises(DataError) as error:
-            external.load_made(str(path), LIKE, 8)
+            external.read_made(str(path), LIKE, 8)
         assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
 def test_names_are_matched_in_any_case():
-    assert external.matched(["MEL", "SCC", "nv"], ["nv", "mel"]).tolist() == [1, -1, 0]
-    assert external.matched([], ["nv"]).tolist() == []
+    assert score_on.matched(["MEL", "SCC", "nv"], ["nv", "mel"]).tolist() == [1, -1, 0]
+    assert score_on.matched([], ["nv"]).tolist() == []
 
 
 def test_no_finished_run_is_one_line(tmp_path):
-    with pytest.raises(external.RunError, match=re.escape(f"{tmp_path}: no finished run")):
-        external.Finished(tmp_path)
-    tiny = Path(__file__).parents[1] / "configs/tiny.yaml"
-    (tmp_path / "config.yaml").write_text(f"extends: {tiny}\n")
+    with pytest.raises(finished.RunError, match=re.escape(f"{tmp_path}: no finished run")):
+        finished.Finished(tmp_path)
+    (tmp_path / "config.yaml").write_text(SMALL)
     np.savez(tmp_path / "predictions.npz", class_names=["nv"], arms=["real"])
-    (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(external.RunError, match="not one of this version"):
-        external.Finished(tmp_path)
+    for written, words in (("{}", "results.json cannot be used: 'format'; run it again"),
+                           ('{"format": 1}', "its format is 1, not 2"), ("[", "results.json")):
+        (tmp_path / "results.json").write_text(written)
+        with pytest.raises(ValueError, match=words) as error:
+            finished.Finished(tmp_path)
+        assert "\n" not in str(error.value)
+        with pytest.raises(SystemExit) as stop:
+            predict.main([str(tmp_path), str(tmp_path)])
+        assert stop.value.code == 2
+
+
+# ---- an arm of a run -----------------------------------------------------------------------------
+
+def test_synthetic_images_are_an_external_arm(tiny, tmp_path):
+    table = tiny / "synthetic/synthetic.csv"
+    ledger = {row["image"]: row for row in csv.DictReader(table.open())}
+    run = new(tmp_path, f"guidance.external={table}", "loop.seeds=1",
+              "loop.arms=[real, balanced, external]")
+    results = json.loads((run / "results.json").read_text())
+    assert list(results["arms"]) == ["real", "balanced", "external"]
+    names = {path.stem for path in (run / "checkpoints").glob("*.pt")}
+    assert not {"ddpm", "guide", "guided_1_0"} & names      # nobody needs a generator of our own
+    rejected = results["filter"]["external"]
+    assert rejected["candidates"] == len(ledger) == sum(rejected[r] for r in loop.REASONS)
+    assert 0 < results["arms"]["external"]["added"] <= rejected["kept"]
+    assert results["generator"]["external"]["n"] > 0
+
+    c = configuration.load(run / "config.yaml")
+    made = external.load_made(c, data.load(c.data)["train"])["external"]
+    assert len(made) == len(ledger) and set(made.folds) == {-1}
+    for image, source, label, group in zip(made.images, made.sources, made.labels, made.groups):
+        row = ledger[source.removeprefix("external/")]
+        stored = np.asarray(Image.open(tiny / "synthetic" / row["image"]))
+        assert np.array_equal(image.transpose(1, 2, 0), stored)
+        assert (made.class_names[label], made.group_names[group]) == (row["class"], row["group"])
+
+
+# ---- a finished run on other images --------------------------------------------------------------
+
+def test_on_its_own_data_set_an_external_test_is_the_test(tiny, tmp_path, capsys):
+    """What the run learnt or chose from is left out, so its own test images remain."""
+    (tmp_path / "tiny.yaml").write_text(SMALL)
+    assert score_on.main([str(tiny), "--on", str(tmp_path / "tiny.yaml")]) == 0
+    said = capsys.readouterr().out
+    results, found = (json.loads((tiny / name).read_text())
+                      for name in ("results.json", "external_tiny.json"))
+    assert found["learnt_from"] == 220 and found["splits"]["test"] == results["splits"]["test"]
+    for arm, entry in results["arms"].items():
+        assert found["arms"][arm]["confusion"] == entry["confusion"]
+        assert report.interval(entry["test"]["all"]["accuracy"]) in said
+        for subset, metrics in entry["test"].items():
+            for metric, cell in metrics.items():
+                theirs = found["arms"][arm]["test"][subset][metric]
+                for end, value in cell.items():
+                    assert value is None or np.isclose(value, theirs[end], atol=1e-6)
+
+
+FOLDERS = ["NV", "sk", "BCC", "MEL"]                   # one class under another name
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """A csv of 90 phantoms: BCC and MEL have group VI, the others "old". Their labels."""
+    drawn = phantom.draw(90, 24, 8)
+    lines = ["image,class,skin"]
+    for i, (image, label) in enumerate(zip(drawn["images"], drawn["labels"])):
+        path = tmp_path / "photos" / FOLDERS[label] / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.transpose(1, 2, 0)).save(path)
+        lines.append(f"{path.parent.name}/{path.name},{FOLDERS[label]},{('old', 'VI')[label // 2]}")
+    (tmp_path / "photos/list.csv").write_text("\n".join(lines))
+    (tmp_path / "other.yaml").write_text(SMALL + "\n")
+    return drawn["labels"]
+
+
+def test_on_another_data_set_names_are_mapped(tiny, tmp_path, photographs, capsys):
+    settings = ["data.kind=csv", "data.image_column=image", "data.label_column=class",
+                "data.group=skin", "data.malignant=[MEL]", f"data.root={tmp_path / 'photos'}"]
+    assert score_on.main([str(tiny), "--on", str(tmp_path / "other.yaml"),
+                          *(x for s in settings for x in ("--set", s))]) == 0
+    found = json.loads((tiny / "external_other.json").read_text())
+    counts = np.bincount(photographs, minlength=4).tolist()
+    assert found["unmapped"] == {"sk": counts[1]} and found["absent"] == ["bkl"]
+    assert found["splits"]["test"]["classes"] == dict(zip(phantom.CLASS_NAMES, [
+        counts[0], 0, counts[2], counts[3]]))
+    sizes = {name: of["n"] for name, of in found["arms"]["guided"]["per_group"].items()}
+    assert sizes == dict.fromkeys(("I", "II", "III", "IV", "V"), 0) | {
+        "VI": counts[2] + counts[3], "old": counts[0]}
+    assert f"sk {counts[1]}" in capsys.readouterr().out
+    # the same images through predict.py: the confusion must be that of the csv's answers
+    out = tmp_path / "probabilities.csv"
+    arguments = [str(tiny), str(tmp_path / "photos"), "--out", str(out)]
+    assert predict.main(arguments) == 0
+    rows, confusion = list(csv.DictReader(out.open())), np.zeros((4, 4), int)
+    assert len(rows) == 90 and "the students of arm 'guided'" in capsys.readouterr().out
+    for row in rows:
+        probs = [float(row[name]) for name in phantom.CLASS_NAMES]
+        assert abs(sum(probs) - 1) < 1e-4
+        folder = FOLDERS.index(row["image"].split("/")[0])
+        confusion[folder, np.argmax(probs)] += folder != 1
+    assert confusion.tolist() == found["arms"]["guided"]["confusion"]
+    (tmp_path / "photos/NV/cut.png").write_bytes(b"\x89PNG")
+    with pytest.raises(SystemExit) as stop:
+        predict.main(arguments)
+    said = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "NV/cut.png cannot be decoded" in said[-1]
+    assert said[-1].startswith("predict.py: ")
+
+
+def test_a_data_set_without_a_class_of_the_run_is_one_line(tiny, tmp_path, capsys):
+    for i in range(4):
+        path = tmp_path / "photos" / ("acne", "eczema")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (50 * i, 0, 0)).save(path)
+    (tmp_path / "skin.yaml").write_text(SMALL)
+    with pytest.raises(SystemExit) as stop:
+        score_on.main([str(tiny), "--on", str(tmp_path / "skin.yaml"), "--set", "data.kind=folder",
+                       "--set", f"data.root={tmp_path / 'photos'}", "--set",
+                       "data.malignant=[acne]"])
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("score_on.py: --on skin: nothing is left to score; its classes are acne")

@@ -1,27 +1,31 @@
 """guidance.py: gradients by finite differences, off that is exactly off, and known directions."""
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import ddpm
+import guidance
+import loop
 from classifier import ResNet
-from ddpm import Noise, Schedule, sample_ddim, sample_ddpm
-from guidance import (Tally, class_evidence, counterfactual, gradient, guided_eps, hardness,
-                      normalise, variation)
-from oracle import Gaussian, paper_abar
+from data import ImageSet
+from engine.training import Noise
+from ddpm import SAMPLERS, Schedule, even_times, sample_ddim
+from engine import config as configuration
+from extras import children
+from engine.augment import to_float
+from engine.run import Run, derive
+from engine.training import seeded
+from guidance import (OBJECTIVES, Generator, Tally, class_evidence, counterfactual, gradient,
+                      guided_eps, hardness, normalise, synthesise, variation)
+from oracle import Gaussian, normal, paper_abar
 from unet import UNet
 
 T = 50
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
 
 
 def settled(network, seed=0):
@@ -230,37 +234,35 @@ def test_without_a_scale_it_is_the_very_same_callable():
     assert guided_eps(base, schedule, [(0.0, never), (0, never), (-0.0, never)]) is base
 
 
-def run(sampler, wanted, x0=None):
+def run(way, wanted):
     """Every way there is to draw with `wanted`, on the same images and noise."""
     schedule, noise, own = Schedule(T), Noise([1, 2, 3]), Gaussian(T)
-    x0 = normal(3, 3, 4, 4).mul(0.3).float() if x0 is None else x0
-    z = noise(3, 4, 4)
-    if sampler == "ddpm":
-        return sample_ddpm(wanted, schedule, z, noise)
-    if sampler == "ddim":
-        return sample_ddim(wanted, schedule, z, 10)
-    if sampler == "ddim eta":
-        return sample_ddim(wanted, schedule, z, 10, eta=1.0, noise=noise)
-    if sampler == "counterfactual":
-        return counterfactual(own, wanted, schedule, x0, 0.8, 10)
-    return variation(wanted, schedule, x0, z, 0.6, 10)
+    x0 = normal(3, 3, 4, 4).mul(0.3).float()
+    start, sampler = way.split()
+    if start == "counterfactual":
+        return counterfactual(own, wanted, schedule, x0, 0.8, 10, SAMPLERS[sampler])
+    if start == "variation":
+        return variation(wanted, schedule, x0, noise, 0.6, 10, SAMPLERS[sampler])
+    return SAMPLERS[sampler](wanted, schedule, noise(3, 4, 4), even_times(10, T - 1), noise)
 
 
-SAMPLERS = ["ddpm", "ddim", "ddim eta", "counterfactual", "variation"]
+# A counterfactual decodes its parent's latent, which ddpm's fresh noise would drown: refused.
+WAYS = [f"{start} {sampler}" for start in ("noise", "variation", "counterfactual")
+        for sampler in SAMPLERS if (start, sampler) != ("counterfactual", "ddpm")]
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_scale_0_is_unguided_to_the_bit(sampler):
+@pytest.mark.parametrize("way", WAYS)
+def test_scale_0_is_unguided_to_the_bit(way):
     off = guided_eps(Gaussian(T), Schedule(T), [(0.0, towards(0.8)), (0.0, never)])
-    assert torch.equal(run(sampler, off), run(sampler, Gaussian(T)))
+    assert torch.equal(run(way, off), run(way, Gaussian(T)))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_guidance_reaches_every_way_of_drawing_and_in_its_direction(sampler):
-    plain, means = run(sampler, Gaussian(T)), {}
+@pytest.mark.parametrize("way", WAYS)
+def test_guidance_reaches_every_way_of_drawing_and_in_its_direction(way):
+    plain, means = run(way, Gaussian(T)), {}
     for target in (-0.9, 0.9):
         for scale in (0.1, 0.5):
-            guided = run(sampler, guided_eps(Gaussian(T), Schedule(T), [(scale, towards(target))]))
+            guided = run(way, guided_eps(Gaussian(T), Schedule(T), [(scale, towards(target))]))
             gained = towards(target)(None, None, guided) - towards(target)(None, None, plain)
             assert (gained > 0).all()                            # every image, not only their mean
             means[target, scale] = guided.mean().item()
@@ -272,10 +274,10 @@ def test_the_size_of_the_push_is_as_the_formula_says():
     schedule, t = Schedule(T), 10
     a = paper_abar(T, "cosine")[t + 1]
     x = normal(2, 3, 4, 4).mul(0.3)
-    plain = sample_ddim(Gaussian(T), schedule, x, 1, start=t)
+    plain = sample_ddim(Gaussian(T), schedule, x, [t, -1])
     guided = sample_ddim(guided_eps(Gaussian(T), schedule, [(0.2, lambda x_t, t, x0_hat:
                                                             x0_hat.sum((1, 2, 3)))]),
-                         schedule, x, 1, start=t)
+                         schedule, x, [t, -1])
     moved = torch.tensor(0.2 * (1 - a), dtype=torch.float64)
     assert torch.allclose(guided - plain, moved, atol=1e-9)
 
@@ -309,8 +311,9 @@ def test_a_gradient_that_is_not_finite_leaves_the_image_unguided():
     def broken(x_t, t, x0_hat):
         return (x0_hat - x0_hat.detach()).abs().sum((1, 2, 3)).sqrt()     # inf * 0 at 0
     found = guided_eps(Gaussian(T), Schedule(T), [(1.0, broken)], tally)
-    out = sample_ddim(found, Schedule(T), normal(2, 3, 4, 4), 5)
-    assert torch.equal(out, sample_ddim(Gaussian(T), Schedule(T), normal(2, 3, 4, 4), 5))
+    times = even_times(5, T - 1)
+    out = sample_ddim(found, Schedule(T), normal(2, 3, 4, 4), times)
+    assert torch.equal(out, sample_ddim(Gaussian(T), Schedule(T), normal(2, 3, 4, 4), times))
     assert tally.nonfinite == 2 * 5
 
 
@@ -323,7 +326,8 @@ def test_guidance_by_real_networks_raises_the_class_evidence():
     z, zero = Noise(range(12))(3, 8, 8), torch.zeros(12, dtype=torch.int64)
 
     def evidence(scale):
-        x = sample_ddim(guided_eps(model, schedule, [(scale, objective)]), schedule, z, 10)
+        x = sample_ddim(guided_eps(model, schedule, [(scale, objective)]), schedule, z,
+                        even_times(10, T - 1))
         return objective(x, zero, None).mean().item()
     assert evidence(1.0) > evidence(0.3) > evidence(0.0) > evidence(-0.3)
 
@@ -377,7 +381,184 @@ def test_variation_is_q_sample_and_then_the_sampler(strength, start):
         slope, offset = (move * k + along) * slope, (move * k + along) * offset + move * c
     a = oracle.abar[start + 1]
     x0, z = np.array([0, 0.3, 0.0]), np.array([0, 0, 0.3])
-    found = variation(oracle, Schedule(T), *(torch.tensor(v).view(3, 1, 1, 1) for v in (x0, z)),
-                      strength, steps)
+    given, noise = (torch.tensor(v).view(3, 1, 1, 1) for v in (x0, z))
+    found = variation(oracle, Schedule(T), given, lambda *shape: noise, strength, steps)
     wanted = offset + slope * (math.sqrt(a) * x0 + math.sqrt(1 - a) * z)
     assert np.allclose(found.flatten(), wanted, atol=1e-9)
+
+
+# ---- the tables and the config ------------------------------------------------------------------
+
+@pytest.mark.parametrize("override, known", [
+    ("guidance.sampler=euler", SAMPLERS), ("guidance.objectives.beauty=0.1", OBJECTIVES)])
+def test_an_unknown_name_is_refused_and_the_known_ones_listed(override, known, tmp_path,
+                                                              monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert loop.main(["--config", str(TINY), "--set", override]) == 2
+    error = capsys.readouterr().err
+    key, value = override.split("=")
+    assert key in error and f"known: {', '.join(known)}" in error
+    assert value in error or key.endswith("beauty")
+    assert len(error.splitlines()) == 1 and not any(tmp_path.iterdir())
+
+
+def settings(*overrides):
+    """The config's section guidance, for 6 steps."""
+    return configuration.load(TINY, ["guidance.start=parent", *overrides]).guidance
+
+
+def parents(n=6):
+    """Images of classes and groups by turns: (0, 0), (1, 1), (0, 2), ..."""
+    images = torch.randint(256, (n, 3, 16, 16), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(4)).numpy()
+    ids = np.array([f"id-{i}" for i in range(n)])
+    return ImageSet(images, np.arange(n) % 2, np.arange(n) % 3, ids, np.arange(n) % 2, ids,
+                    ("mole", "melanoma"), ("light", "tan", "dark"), (False, True))
+
+
+class Told(nn.Module):
+    """In place of the UNet: shifts the image by what it is told, and keeps it."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, x_t, t, y, g):
+        self.calls.append((int(t[0]), y.tolist(), g.tolist()))
+        return 0.3 * x_t + 0.2 * (y - 0.3 * g).view(-1, 1, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def kit():
+    """A generator and students of random weights. The students are for class 0: beyond an even
+    vote hardness is flat, and no image would move."""
+    unet = seeded(1, UNet, 16, 2, 3, 16, (1, 2), 1, 4)
+    with torch.no_grad():                                        # away from its start at zero
+        for i, p in enumerate(unet.parameters()):
+            p.add_(0.05 * normal(*p.shape, seed=i, dtype=p.dtype))
+    guide = seeded(2, ResNet, 2, (1, 1), 8, "small", T).eval()
+    students = [seeded(k, ResNet, 2, (1, 1), 8, "small").eval() for k in (3, 4)]
+    for student in students:
+        nn.init.constant_(student.fc.bias[:1], 1.0)
+    return Generator(unet.eval(), guide, Schedule(T), "v", False), students
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_moves_every_image_under_every_sampler_of_the_config(name, sampler, kit):
+    generator, students = kit
+    given, y = parents(), torch.zeros(6, dtype=torch.int64)
+    given = given.subset(np.repeat([0, 2, 4], 2))                # all of class 0
+    objective = OBJECTIVES[name](generator.guide, students, y)
+
+    def drawn(start, scales):
+        made = synthesise(generator, students, given, given.groups, np.arange(6),
+                          settings(f"guidance.sampler={sampler}"), start=start, objectives=scales)
+        assert made.nonfinite_gradients == 0 and made.finite.all()
+        x = to_float(torch.tensor(made.images))
+        return made.images, objective(x, y, x).detach().mean()
+    for start in ("noise", "parent"):
+        off, before = drawn(start, {name: 0.0})
+        assert np.array_equal(off, drawn(start, {})[0])
+        for scale in (0.3, -0.3):
+            on, after = drawn(start, {name: scale})
+            assert (on != off).reshape(6, -1).any(1).all()
+            assert (after > before) == (scale > 0)
+
+
+@pytest.mark.parametrize("start", ["noise", "parent", "counterfactual"])
+def test_the_sampler_of_the_config_is_the_one_that_draws(start, kit):
+    generator, students = kit
+    made = [synthesise(generator, students, parents(), (np.arange(6) + 1) % 3, np.arange(6),
+                       settings(f"guidance.sampler={name}"), start=start, objectives={}).images
+            for name in SAMPLERS if (start, name) != ("counterfactual", "ddpm")]
+    assert len(made) > 1
+    for i, one in enumerate(made):
+        assert all((one != other).any() for other in made[:i])
+
+
+# ---- synthesis ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("start", ["noise", "parent", "counterfactual"])
+def test_what_the_model_is_told_on_the_way_to_an_image(start):
+    """Up under the image's own class and group, down under the same class and the wanted group,
+    beside nothing at all (classifier-free guidance); levels of the config's steps and depth."""
+    unet, given = Told(), parents(3)
+    generator = Generator(unet, None, Schedule(T), "v", False)
+    c = settings("guidance.depth=0.6", "guidance.strength=0.4", "guidance.steps=5")
+    synthesise(generator, [], given, np.array([2, 0, -1]), np.arange(3), c, start=start,
+               objectives={})
+    last = {"noise": T - 1, "parent": 19, "counterfactual": 29}[start]
+    down = [round(v) for v in np.linspace(last, -1, 6)][:-1]
+    up = [0, *down[:0:-1]] if start == "counterfactual" else []
+    y, own, wanted, nothing = [0, 1, 0], [0, 1, 2], [2, 0, -1], [-1, -1, -1]
+    expected = [(t, y, own) for t in up]
+    for t in down:
+        expected += [(t, y, wanted), (t, nothing, nothing)]
+    assert unet.calls == expected
+
+
+def test_a_synthesis_from_noise_is_its_formula():
+    """Told is a straight line, so DDIM's five steps are written out in numpy."""
+    given, c = parents(3), settings("guidance.steps=5", "guidance.classifier_free=1.5")
+    found = synthesise(Generator(Told(), None, Schedule(T), "eps", False), [], given,
+                       np.array([2, 0, 1]), np.array([7, 8, 9]), c, start="noise", objectives={})
+    x = np.stack([normal(3, 16, 16, seed=s, dtype=torch.float32).numpy() for s in (7, 8, 9)])
+    abar, times = paper_abar(T, "cosine"), [round(v) for v in np.linspace(T - 1, -1, 6)]
+    told = 0.2 * (np.array([0, 1, 0]) - 0.3 * np.array([2, 0, 1])).reshape(3, 1, 1, 1)
+    free = 0.2 * (-1 + 0.3)
+    for t, u in zip(times, times[1:]):
+        a, b = abar[t + 1], abar[u + 1]
+        eps = 0.3 * x + free + 1.5 * (told - free)
+        x0 = ((x - np.sqrt(1 - a) * eps) / np.sqrt(a)).clip(-1, 1)
+        x = np.sqrt(b) * x0 + np.sqrt(1 - b) / np.sqrt(1 - a) * (x - np.sqrt(a) * x0)
+    off = abs(found.images - (x + 1) * 127.5)
+    assert off.max() < 0.51 and found.finite.all() and found.nonfinite_gradients == 0
+
+
+def test_an_image_that_is_not_finite_is_told_apart_and_spoils_no_other(kit):
+    class Broken(Told):
+        def forward(self, x_t, t, y, g):
+            out = super().forward(x_t, t, y, g)
+            return torch.where((g == 2).view(-1, 1, 1, 1), math.nan, out)
+    made = [synthesise(Generator(unet, kit[0].guide, Schedule(T), "v", False), kit[1], parents(),
+                       np.array([0, 2, 1, 2, 0, -1]), np.arange(6), settings(), start="parent",
+                       objectives={"class_evidence": 0.1}) for unet in (Told(), Broken())]
+    assert made[0].finite.all() and made[0].nonfinite_gradients == 0
+    assert made[1].finite.tolist() == [True, False, True, False, True, True]
+    assert made[1].nonfinite_gradients == 2 * 5   # of six steps; in the first x_t is still whole
+    good = made[1].finite
+    assert np.array_equal(made[1].images[good], made[0].images[good])
+
+
+def test_neither_the_batch_nor_its_order_changes_a_child(kit):
+    generator, students = kit
+    targets, seeds = np.array([1, 2, 0, 1, -1, 0]), np.arange(6) + 50
+
+    def drawn(rows):
+        return synthesise(generator, students, parents().subset(rows), targets[rows], seeds[rows],
+                          settings(), start="parent",
+                          objectives={"class_evidence": 0.1, "hardness": 0.05}).images
+    whole = drawn(np.arange(6))
+    for rows in (np.array([4]), np.array([5, 0, 3])):
+        assert abs(drawn(rows).astype(int) - whole[rows]).max() <= 1     # a rounding
+
+
+def test_a_run_draws_in_batches_each_of_them_once(tmp_path):
+    """130 images are two batches; what is stored is not drawn again."""
+    config = configuration.load(TINY, ["guidance.start=parent", "guidance.steps=2"])
+    given, unet, targets = parents(130), Told(), np.arange(130) % 3
+    run = Run(tmp_path, config)
+    one = loop.Kit(run, "arm_1", 77, given, Generator(unet, None, Schedule(T), "v", False), [])
+    found = children.from_model(one, given, targets, {}, "parent")
+    assert found.images.shape == (130, 3, 16, 16) and len(found.finite) == 130
+    assert {p.name for p in run.checkpoints.iterdir()} == {"arm_1_0.pt", "arm_1_128.pt"}
+    seeds = [derive(77, i) for i in range(130)]
+    whole = synthesise(one.generator, [], given, targets, seeds, config.guidance, start="parent",
+                       objectives={})
+    assert np.array_equal(found.images, whole.images)
+    run.path("arm_1_128").unlink()
+    unet.calls.clear()
+    again = children.from_model(one, given, targets, {}, "parent")
+    assert np.array_equal(again.images, found.images)
+    assert {len(y) for _, y, _ in unet.calls} == {2}

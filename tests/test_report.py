@@ -2,24 +2,26 @@
 import base64
 import json
 import re
-import sys
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from extras import plots
-from extras import report
+from engine.run import locked
+from extras import measures, plots, report
 
 ARMS = ("real", "replay", "guided", "naive")
 CLASSES = ("nv", "<b>mel</b> & co|")
-MEASURES = ("accuracy", "sensitivity", "specificity", "balanced_accuracy", "auroc")
+SHORT = ("accuracy", "sensitivity", "specificity", "balanced_accuracy")
+FULL = (*SHORT, "auroc", "auroc_malignant")
+MORE = ("auprc", "ece", "sensitivity_at_90", "sensitivity_at_95", "equal_opportunity_gap",
+        "equalised_odds_gap")
 VERDICT = "no gain over replay: +0.4 points of balanced accuracy, 95 % interval -1.1 to +1.9"
 MARK = "optimistic: mined on the test set"
+NONE = {"value": None, "low": None, "high": None}
+METRIC = {"all": "balanced_accuracy", "hard": "accuracy", "worst_group": "balanced_accuracy"}
 
 
 def entry(rng):
@@ -30,75 +32,84 @@ def entry(rng):
 def fake_results(arms=ARMS, groups=("I", "VI")):
     """Random numbers in the shape of results.json; `naive` is mined on the test set."""
     rng = np.random.default_rng(0)
-    none = {"value": None, "low": None, "high": None}
+    subsets = {"all": FULL + (MORE if groups else MORE[:4]), "hard": FULL}
+    if groups:
+        subsets["worst_group"] = FULL
     arm = lambda name: {
-        "added": 0 if name == "real" else 70, "optimistic": name == "naive", "seeds": [{}, {}],
-        "test": {s: {m: entry(rng) for m in MEASURES} for s in ("all", "hard", "worst_group")},
+        "added": 0 if name == "real" else 70, "optimistic": name == "naive", "seeds": 2,
+        "test": {s: {m: entry(rng) for m in metrics} for s, metrics in subsets.items()},
         "per_group": {g: {"n": 30, "sensitivity": entry(rng), "specificity": entry(rng)}
                       for g in groups},
-        "per_subtype": {"acral": {"n": 40, "recall": 0.625, "low": 0.5, "high": 0.75}},
+        "per_class": {c: {"n": 20, "recall": entry(rng), "auroc": entry(rng), "auprc": entry(rng)}
+                      for c in CLASSES},
+        "per_subtype": {"acral": {"n": 40, "recall": {"value": 0.625, "low": 0.5, "high": 0.75}}},
         "mended": 3, "broken": 2, "confusion": [[9, 1], [2, 8]]}
+    pairs = [(a, "real") for a in arms[1:]]
+    pairs += [("guided", b) for b in arms[1:] if b != "guided"] * ("guided" in arms)
     results = {
-        "format": 1, "name": "fake", "verdict": VERDICT, "worst_group": "VI", "hard": {"n": 12},
+        "format": 2, "name": "fake", "fingerprint": "1f", "verdict": VERDICT,
+        "worst_group": groups[-1] if groups else None, "hard": {"n": 12},
         "config": {"data": {"root": "/home/someone/ham", "where": "C:\\Users\\someone\\ham"},
-                   "evaluate": {"min_count": 10, "lr": 1e-5, "answer": "no", "list": [1, 2.5, None],
-                                "empty": {}}},
+                   "guidance": {"targets": "hard",
+                                "objectives": {"class_evidence": 1.0, "hardness": 0.1}},
+                   "evaluate": {"min_count": 10, "draws": 50, "lr": 1e-5, "answer": "no",
+                                "list": [1, 2.5, None], "empty": {}}},
         "environment": {"device": "cpu", "torch": "2.9", "commit": None},
         "splits": {s: {"images": 40, "lesions": 38, "classes": dict.fromkeys(CLASSES, 20),
                        "groups": dict.fromkeys(groups, 20)} for s in ("train", "val", "test")},
+        "notes": ["left out 3 of 9"], "leak": {"all": 0.0}, "pseudo": {},
+        "jitter": {"chosen": 0.3, "val_balanced_accuracy": {"0.3": 0.811}},
         "arms": {name: arm(name) for name in arms},
-        "rounds": [{"round": 1, "kept": 600, "dropped": {"judge": 101},
-                    "val": {"accuracy": 0.815}}],
-        "generator": {"guided": {"n": 7, "frechet": 12.5, "kid": None},
-                      "real (val)": {"n": 7, "frechet": 2.25, "kid": 0.5}},
         "comparisons": [
-            {"arm": a, "against": b, "subset": s, "metric": m,
-             **{{"value": "difference"}.get(k, k): v - 0.5 for k, v in entry(rng).items()},
-             **({"mcnemar_p": 0.0123, "holm_p": 0.0246} if (s, m) == ("all", "accuracy") else {})}
-            for a, b in [(a, "real") for a in arms[1:]] + [("guided", b) for b in arms[1:]]
-            if (a, b) != ("guided", "guided")
-            for s in ("all", "hard", "group:I") for m in ("accuracy", "balanced_accuracy")]}
+            {"arm": a, "against": b, "subset": s, "metric": METRIC[s],
+             "optimistic": "naive" in (a, b),
+             **{{"value": "difference"}.get(k, k): v - 0.5 for k, v in entry(rng).items()}}
+            for a, b in pairs for s in subsets],
+        "rounds": [{"round": 1, "kept": 600, "rejected": {"judge": 101},
+                    "hardness": {"parents_wrong": 0.75}, "val_balanced_accuracy": 0.815}],
+        "filter": {"naive": {"candidates": 9, "kept": 7, "nonfinite": 0}},
+        "generator": {"guided": {"n": 7, "frechet": 12.5, "kid": None, "recall": 0.5},
+                      "real (val)": {"n": 7, "frechet": 2.25, "kid": 0.5, "recall": 0.875}}}
     if "guided" in arms:
-        results["arms"]["guided"]["test"]["hard"]["specificity"] = none
-        results["arms"]["guided"]["test"]["worst_group"]["auroc"] = None
-        results["arms"]["real"]["per_group"].get("VI", {})["sensitivity"] = none
-        wanted = {"arm": "guided", "against": "replay", "subset": "hard", "metric": "accuracy"}
+        results["arms"]["guided"]["test"]["hard"]["specificity"] = NONE
+        results["arms"]["real"]["per_group"].get("VI", {})["sensitivity"] = NONE
+        wanted = {"arm": "guided", "against": "replay", "subset": "hard"}
         row = next(c for c in results["comparisons"] if wanted.items() <= c.items())
         row |= {"difference": None, "low": None, "high": None}
     return results
 
 
-def fake_run(folder, **kwargs):
-    results, rng = fake_results(**kwargs), np.random.default_rng(1)
+def fake_run(folder, results):
+    """A run folder of these results with its report: (report.md, report.html)."""
+    rng = np.random.default_rng(1)
     (folder / "pictures").mkdir()
     (folder / "results.json").write_text(json.dumps(results))
-    labels = rng.integers(0, 2, 40)
     probs = {f"test_probs_{a}": rng.dirichlet((1, 1), (2, 40)).astype(np.float32)
              for a in results["arms"]}
-    np.savez(folder / "predictions.npz", class_names=np.array(CLASSES), test_labels=labels,
-             malignant=np.array([False, True]), **probs)
+    np.savez(folder / "predictions.npz", class_names=np.array(CLASSES),
+             test_labels=rng.integers(0, 2, 40), malignant=np.array([False, True]), **probs)
     lines = [{"event": "loss", "stage": stage, "step": i, "loss": 2.0 / (i + 1), "time": "x"}
              for stage in ("ddpm", "student_naive_0", "student_real_1") for i in range(250)]
     lines += [{"event": "stage", "stage": s, "seconds": n} for s, n in
-              (("ddpm", 45.0), ("student_naive_0", 10.0), ("student_real_1", 20.0))]
-    lines += [{"event": "cost", "plain": 1.0, "guided": 9.0},       # a resumed run logs it again
-              {"event": "cost", "plain": 4.0, "guided": 10.0}]
+              (("ddpm", 45.0), ("student_naive_0", 10.0), ("student_real_1", 20.0),
+               ("naive_1", 0.0))]
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"event": "lo')
-    for name in ("hard", "data", "one_more"):
+    for name in ("hard", "data", "one_more", "children"):
         picture = Image.fromarray(rng.integers(0, 255, (8, 20, 3), dtype=np.uint8))
         picture.save(folder / f"pictures/{name}.png")
     report.write(folder)
-    read = lambda name: (folder / name).read_text(encoding="utf-8")
-    return results, read("report.md"), read("report.html")
+    return tuple((folder / f"report.{kind}").read_text(encoding="utf-8") for kind in ("md", "html"))
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    return folder, *fake_run(folder)
+    folder, results = tmp_path_factory.mktemp("run"), fake_results()
+    return folder, results, *fake_run(folder, results)
 
 
 def percent(e, sign=""):
+    if e["value"] is None:
+        return "n too small"
     value, low, high = (format(100 * e[k], f"{sign}.1f") for k in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
 
@@ -110,53 +121,88 @@ def tables(md):
     return [{cells(line)[0]: cells(line)[1:] for line in t.splitlines()} for t in found]
 
 
-def test_verdict_is_the_first_sentence(run):
+def section(md, title):
+    return md.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def text_of(html):
+    return re.sub(r"<[^>]+>", "", re.sub(r"<svg.*?</svg>|<style>.*?</style>", "", html, flags=re.S))
+
+
+def test_it_opens_with_verdict_facts_forest_pictures_and_one_table(run):
     _, _, md, html = run
-    assert md.split("\n\n")[:2] == ["# Report: fake", VERDICT]
-    body = re.sub(r"<[^>]+>", "\n", html.split("<body>")[1]).split("\n")
-    assert [words for words in body if words][:2] == ["Report: fake", VERDICT]
+    opening = md.split("\n## ")[0].split("\n\n")
+    assert opening[:3] == ["# Report: fake", VERDICT, "arms: 4; seeds: 2; test images: 40; "
+                           "minutes: 1.2; device: cpu."]
+    assert [part.split("(")[-1] for part in opening if part.startswith("![")] == [
+        "pictures/forest_all.svg)", "pictures/children.png)"]
+    assert len(tables(md.split("\n## ")[0])) == 1
+    order = [html.index(word) for word in (
+        "<h1", 'class="verdict"', 'class="p"', 'class="svg"', 'class="png"', 'class="table"',
+        "<details>")]
+    assert order == sorted(order)
+    assert html.count("<figure") - html.split("<details>")[0].count("<figure") > 20
+    titles = re.findall(r"<summary><h2>(.*?)</h2>", html)
+    assert titles == re.findall(r"^## (.*)", md, re.M) == [
+        "Differences", "Hard cases and worst skin type", "Without a threshold", "By skin type",
+        "By class", "By hidden subtype", "Loss curves", "Confusion", "Pictures", "Rounds",
+        "Filter", "The generator", "Splits", "Settings", "Versions and hardware", "Minutes"]
 
 
-def test_the_last_measured_cost_is_told(run):
-    assert ("A guided image took 10 ms, one from pure noise, unguided and in as many steps, 4 ms: "
-            "2.5 times as long.") in run[2]
-
-
-def test_before_and_after_equals_results(run):
+def test_the_first_table_equals_results(run):
     _, results, md, html = run
-    for subset, found in zip(("all", "hard", "worst_group"), tables(md)):
-        assert list(found)[2:] == ["real, before", "replay", "guided, after", f"naive ({MARK})"]
-        for (name, arm), cells in zip(results["arms"].items(), list(found.values())[2:]):
-            for measure, cell in zip(MEASURES, cells):
-                e = arm["test"][subset][measure]
-                undefined = e is None or e["value"] is None
-                assert cell == ("n too small" if undefined else percent(e)), (name, subset, measure)
-    plain = re.sub(r"<[^>]+>", "", html)
-    for table in tables(md)[:3]:
-        assert all(cell in plain for row in list(table.values())[2:] for cell in row)
+    found = tables(md)[0]
+    assert list(found)[2:] == ["real", "replay", "guided", f"naive ({MARK})"]
+    for arm, cells in zip(results["arms"].values(), list(found.values())[2:]):
+        test = arm["test"]
+        wanted = [*(test["all"][m] for m in SHORT), test["worst_group"]["balanced_accuracy"],
+                  test["worst_group"]["sensitivity"], test["hard"]["accuracy"],
+                  test["all"]["auroc"]]
+        assert cells == [*map(percent, wanted), str(arm["added"])]
+        assert all(cell in text_of(html) for cell in cells)
+
+
+def test_the_folded_tables_equal_results(run):
+    _, results, md, html = run
+    arms = results["arms"].values()
+    hard, worst = tables(section(md, "Hard cases and worst skin type"))
+    for subset, found in (("hard", hard), ("worst_group", worst)):
+        assert list(found.values())[2:] == [
+            [percent(a["test"][subset][m]) for m in FULL] for a in arms]
+    for title, columns, where in (("Without a threshold", FULL[-1:] + MORE[:4], 0),
+                                  ("By skin type", MORE[4:], 2)):
+        found = tables(section(md, title))[where]
+        assert list(found.values())[2:] == [
+            [percent(a["test"]["all"][m]) for m in columns] for a in arms]
+    for title, key, members, metrics in (
+            ("By skin type", "per_group", ("I", "VI"), ("sensitivity", "specificity")),
+            ("By class", "per_class", CLASSES, ("recall", "auroc", "auprc")),
+            ("By hidden subtype", "per_subtype", ("acral",), ("recall",))):
+        for metric, found in zip(metrics, tables(section(md, title))):
+            assert list(found.values())[2:] == [
+                [str(results["arms"]["real"][key][member]["n"]),
+                 *(percent(a[key][member][metric]) for a in arms)] for member in members]
+    assert all(cell in text_of(html) for t in tables(md) for row in list(t.values())[2:]
+               for cell in row if "[" in cell)
 
 
 def test_differences_equal_results(run):
     _, results, md, _ = run
-    found = next(t for t in tables(md) if "comparison" in t)
-    columns = dict(zip(found["comparison"], range(9)))
-    pairs = set()
+    found = tables(section(md, "Differences"))[0]
+    assert found["comparison"] == ["all test images", "hard cases, accuracy", "worst group"]
+    pairs = {}
     for c in results["comparisons"]:
-        if (c["subset"], c["metric"]) in (("all", "balanced_accuracy"), ("hard", "accuracy")):
-            pairs.add((c["arm"], c["against"]))
-            mark = f" ({MARK})" if "naive" in (c["arm"], c["against"]) else ""
-            cells = found[f"{c['arm']} minus {c['against']}{mark}"]
-            subset = {"all": "all test images", "hard": "hard cases, accuracy"}[c["subset"]]
-            cell = cells[columns[subset]]
-            assert cell == ("n too small" if c["difference"] is None else
-                            percent({**c, "value": c["difference"]}, "+"))
-            assert cells[-2:] == ["0.012", "0.025"]  # stands in the row of the accuracy
-    assert len(found) == 2 + len(pairs)
+        name = " minus ".join(f"naive ({MARK})" if a == "naive" else a
+                              for a in (c["arm"], c["against"]))
+        pairs.setdefault(name, []).append(percent(c | {"value": c["difference"]}, "+"))
+    first = [name for name in pairs if name.startswith("guided")]
+    assert dict(list(found.items())[2:]) == pairs
+    assert list(found)[2:][:len(first)] == first and len(first) == 3
 
 
 @pytest.mark.parametrize("low, high, targets, hardness, says", [
     (0.01, 0.03, "hard", 0.1, "Starting from hard cases and guiding toward hardness earned"),
-    (-0.01, 0.03, "both", 0, "Starting half from hard cases brought no gain"),
+    (-0.01, 0.03, "hard", 0, "Starting from hard cases brought no gain"),
     (-0.03, -0.01, "hard", 0, "Starting from hard cases did harm"),
     (-0.01, 0.03, "groups", 0.1, "Guiding toward hardness (nothing was mined) brought no gain")])
 def test_mining_is_judged_by_random_parents_alone(low, high, targets, hardness, says):
@@ -164,86 +210,106 @@ def test_mining_is_judged_by_random_parents_alone(low, high, targets, hardness, 
            "difference": (low + high) / 2, "low": low, "high": high}
     other = row | {"against": "real", "difference": 0.2, "low": 0.1, "high": 0.3}
     results = fake_results() | {"comparisons": [row, other]}
-    results["config"]["guidance"] = {"targets": targets, "hardness_scale": hardness}
-    told = [words for kind, words, *_ in report.differences(results) if kind == "p"]
-    assert says in told[-1] and f"[{100 * low:+.1f}, {100 * high:+.1f}] points" in told[-1]
-    results["config"]["guidance"] = {"targets": "groups", "hardness_scale": 0}
+    results["config"]["guidance"] = {"targets": targets, "objectives": {"hardness": hardness}}
+    (_, told), = report.mining(results)
+    assert says in told and f"[{100 * low:+.1f}, {100 * high:+.1f}] points" in told
+    results["config"]["guidance"] = {"targets": "groups", "objectives": {"hardness": 0}}
     assert report.mining(results) == []             # there guided is random
-    results["comparisons"] = [other]
-    assert report.mining(results) == []
+    assert report.mining(results | {"comparisons": [other]}) == []
 
 
 def test_other_tables(run):
     _, results, md, _ = run
     by_first = {first: cells for t in tables(md) for first, cells in t.items()}
-    assert by_first["acral"] == ["40", *["62.5 [50.0, 75.0]"] * 4]
-    assert by_first["VI"][:2] == ["30", "n too small"]
-    assert by_first["I"][2] == percent(results["arms"]["guided"]["per_group"]["I"]["sensitivity"])
-    assert by_first["dropped: judge"] == ["101"] and by_first["val: accuracy"] == ["81.5 %"]
+    assert by_first["rejected: judge"] == ["101"]
+    assert by_first["val balanced accuracy"] == ["81.5 %"]
+    assert by_first["hardness: parents_wrong"] == ["75.0 %"] and by_first["recall"] == [
+        "50.0 %", "87.5 %"]
     assert by_first["Frechet distance"] == ["12.5", "2.25"]
     assert by_first["kernel distance (KID)"] == ["n too small", "0.5"]
+    assert by_first["chosen"] == ["0.3"]
     assert by_first["images"] == ["40"] * 3 and by_first["total"] == ["1.2"]
     assert by_first["student"] == ["0.5"]
-    for t in re.findall(r"(?:^\|.*\|\n)+", md, re.M):
-        assert len({len(line) for line in t.splitlines()}) == 1, "columns are aligned"
+    before, after, mended = tables(section(md, "Confusion"))
+    assert before["nv"] == ["9 [90 %]", "1 [10 %]"] and mended["replay"] == ["3", "2"]
+    assert "left out 3 of 9." in section(md, "Splits")
+    assert "commit" not in section(md, "Versions and hardware")
 
 
 def test_settings_are_yaml_without_a_place(run):
     _, results, md, html = run
-    settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", md, re.S)[1])
-    expected = results["config"]
+    expected = json.loads(json.dumps(results["config"]))
     expected["data"] |= {"root": "ham", "where": "ham"}
-    assert settings == expected
+    assert yaml.safe_load(re.search(r"```yaml\n(.*?)```", md, re.S)[1]) == expected
     assert "someone" not in md + html
 
 
 def test_html_stands_alone(run):
     folder, _, md, html = run
     assert "http" not in html and "<script" not in html and "url(" not in html
-    assert str(folder) not in md + html and not re.search(r"(src|href)=\"(?!data:|#)", html)
+    assert str(folder) not in md + html and not re.search(r"(src|href)=\"(?!data:)", html)
     inside = [base64.b64decode(d) for d in re.findall(r'src="data:image/png;base64,([^"]+)"', html)]
-    names = ("data", "hard", "one_more")  # the known ones first, in the order of the captions
+    names = ("children", "data", "hard", "one_more")    # the known ones first, as in the captions
     assert inside == [(folder / f"pictures/{name}.png").read_bytes() for name in names]
     links = re.findall(r"\]\((.*?)\)", md)
-    assert all((folder / link).is_file() for link in links) and len(links) == 3 + html.count("<svg")
+    assert all((folder / link).is_file() for link in links) and len(links) == 4 + html.count("<svg")
     assert not list(folder.rglob("*.tmp"))
 
 
-def test_names_are_escaped(run):
-    _, _, md, html = run
-    assert "<b>" not in html and "&lt;b&gt;mel&lt;/b&gt; &amp; co|" in html
-    assert "<b>" not in md and "&lt;b>mel&lt;/b> &amp; co\\|" in md
+def test_markup_in_any_text_is_escaped(tmp_path):
+    """A tag in every text of results.json, as key and as value, and none of them in the html."""
+    tag = "<i>x</i>"
+
+    def hostile(value, key=""):
+        if isinstance(value, dict):
+            return {(f"{k}{tag}" if key in ("classes", "groups", "per_class", "per_group", "leak",
+                                            "per_subtype", "generator", "filter", "environment")
+                     and k not in ("all", "device", "commit") else k): hostile(v, k)
+                    for k, v in value.items()}
+        if isinstance(value, list):
+            return [hostile(v, key) for v in value]
+        fixed = key in ("arm", "against", "subset", "metric", "targets")
+        return value + tag if isinstance(value, str) and not fixed else value
+
+    results = fake_results()
+    results["environment"]["commit"], results["leak"]["nv"] = "abc", 0.5
+    results["leak"]["all"] = 0.5
+    md, html = fake_run(tmp_path, hostile(results))
+    assert "<i>" not in html and "<b>" not in html
+    assert "<i>" not in md.split("```")[0] and "<b>" not in md          # a code block is no html
+    for words in ("abc", "cpu", "fake", VERDICT, "VI", "acral", "left out 3 of 9", "co|", "nv",
+                  "real (val)"):
+        assert f"{words}&lt;i&gt;x&lt;/i&gt;" in html, words
+    ET.fromstring(re.search(r"<details>.*</details>", html, re.S)[0].join(("<a>", "</a>")))
 
 
 def test_optimistic_arm_is_marked_wherever_a_number_stands(run):
     folder, _, md, html = run
     lines = [line for line in md.splitlines() if "naive" in line and re.search(r"\d", line)]
-    assert len(lines) == 5 and all(MARK in line for line in lines)
+    assert len(lines) >= 8 and all(MARK in line for line in lines)
     rows = [row for row in re.findall(r"<tr>.*?</tr>", html) if "naive" in row]
     assert rows and all(MARK in row for row in rows)
     drawings = [p.read_text() for p in folder.glob("pictures/*.svg")]
     # a label is broken into lines: compare without the breaks
     said = [re.sub(r"(<[^>]*>|\s)+", " ", d.split("</desc>")[1]) for d in drawings if "naive" in d]
-    named = [len(re.findall("naive minus|minus naive|student naive", d)) for d in said]
-    assert sorted(named) == [1, 2, 2] and named == [d.count(MARK) for d in said]
+    assert [d.count("naive") for d in said] == [d.count(f"naive ({MARK})") for d in said]
+    assert sorted(d.count(MARK) for d in said) == [1, 2, 2]
 
 
-def test_optimistic_guided_marks_every_plot(tmp_path):
+def test_optimistic_guided_is_marked_everywhere(tmp_path):
     results = fake_results()
     results["arms"]["guided"]["optimistic"] = True
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    report.write(tmp_path)
-    for name in ("sensitivity", "specificity", "confusion_guided", "forest_all", "forest_hard"):
-        assert f"({MARK})" in (tmp_path / f"pictures/{name}.svg").read_text(), name
-    md = (tmp_path / "report.md").read_text()
-    assert all(MARK in line for line in md.splitlines() if re.search(r"\bguided\b.*\d", line))
+    md, _ = fake_run(tmp_path, results)
+    for name in ("forest_all", "forest_hard"):
+        assert f"guided ({MARK})" in (tmp_path / f"pictures/{name}.svg").read_text(), name
+    shown = md[:md.index("## Settings")]
+    assert all(MARK in line for line in shown.splitlines() if re.search(r"\bguided\b.*\d", line))
 
 
 def test_svg_files_are_xml_with_title_and_no_variables(run):
     folder = run[0]
     names = {p.stem for p in folder.glob("pictures/*.svg")}
-    assert names == {"forest_all", "forest_hard", "sensitivity", "specificity", "roc", "loss_ddpm",
-                     "loss_student", "confusion_real", "confusion_guided"}
+    assert names == {"forest_all", "forest_hard", "loss_ddpm", "loss_student"}
     for path in folder.glob("pictures/*.svg"):
         root = ET.parse(path).getroot()
         assert [child.tag.split("}")[1] for child in root][:3] == ["title", "desc", "rect"]
@@ -254,14 +320,11 @@ def test_svg_files_are_xml_with_title_and_no_variables(run):
 def test_forest_marks_lie_where_the_ticks_say(run):
     """The numbers under the axis give the line from points to places; the marks must lie on it."""
     folder, results, _, _ = run
-    root = ET.parse(folder / "pictures/forest_all.svg").getroot()
-    parts = list(root.iter())
-    ticks = [(float(t.text.replace("\N{MINUS SIGN}", "-")), float(t.get("x")))
-             for t in parts if t.get("class") == "tick"]
+    parts = list(ET.parse(folder / "pictures/forest_all.svg").getroot().iter())
+    ticks = [(float(t.text), float(t.get("x"))) for t in parts if t.get("class") == "tick"]
     slope, start = np.polyfit(*zip(*ticks), 1)
     marks = [(float(t.get("cx")), float(t.get("cy"))) for t in parts if t.get("class") == "marker"]
-    rows = [c for c in results["comparisons"]
-            if (c["subset"], c["metric"]) == ("all", "balanced_accuracy")]
+    rows = [c for c in results["comparisons"] if c["subset"] == "all"]
     rows.sort(key=lambda c: c["arm"] != "guided")
     expected = [slope * 100 * c["difference"] + start for c in rows]
     assert len(ticks) >= 3 and slope > 0
@@ -276,13 +339,10 @@ def test_nothing_leaves_a_picture():
     drawings = [
         plots.forest([(long, -90.0, -99.0, -80.0), ("b", 99.0, 98.0, 100.0), ("c", *[None] * 3)],
                      "t", "x"),
-        plots.bars_with_intervals([long, "b"], [(long, [(100.0, 99.0, 100.0), (None,) * 3])],
-                                  "t", "percent"),
-        plots.lines([(long, [0, 123456], [1e-4, 1e3]), ("b", [7], [2.0])], "t", "step", "loss"),
-        plots.confusion([[12345, 0], [0, 0]], [long, "b"], "t"),
-        plots.confusion(np.eye(9).tolist(), ["basal cell carcinoma"] * 9, "t")]
+        plots.forest([("a", *[None] * 3)], "t", "x"),
+        plots.curves([(long, [0, 123456], [1e-4, 1e3]), ("b", [7], [2.0])], "t", "step", "loss")]
     for drawing in drawings:
-        root = ET.fromstring(drawing)
+        root = ET.fromstring(plots.standalone(drawing))
         x0, y0, width, height = map(float, root.get("viewBox").split())
         for t in root.iter("{http://www.w3.org/2000/svg}text"):
             if t.get("transform"):
@@ -294,42 +354,90 @@ def test_nothing_leaves_a_picture():
             assert y0 <= y - 9 and y <= y0 + height, t.text
 
 
-def test_roc_area_is_the_share_of_ordered_pairs():
-    rng = np.random.default_rng(2)
-    scores, sick = rng.integers(0, 6, 60) / 5.0, rng.random(60) < 0.4  # many ties
-    pairs = scores[sick][:, None] - scores[~sick][None]
-    share = (pairs > 0).mean() + 0.5 * (pairs == 0).mean()
-    grid = np.linspace(0, 1, 20001)
-    area = np.trapezoid(report.roc_heights(scores, sick, grid), grid)
-    assert area == pytest.approx(share, abs=1e-4)
-
-
 @pytest.mark.parametrize("kwargs", [{"arms": ("real",)}, {"groups": ()},
                                     {"arms": ("a", "b"), "groups": ("old",)},
                                     {"groups": ("light", "dark", "unknown")}])
 def test_fewer_arms_or_groups(tmp_path, kwargs):
-    results, md, html = fake_run(tmp_path, **kwargs)
+    results = fake_results(**kwargs)
+    md, html = fake_run(tmp_path, results)
     for name, arm in results["arms"].items():
         assert percent(arm["test"]["all"]["accuracy"]) in md
-    assert ("## By" in md.replace("## By hidden", "")) == (kwargs.get("groups") != ())
-    assert ("## Differences" in md) == (kwargs.get("arms") != ("real",))
-    assert "by group" in html if kwargs.get("groups") == ("old",) else "by group" not in html
-    assert ("by skin-tone estimate" in html) == ("dark" in kwargs.get("groups", ()))
+    kind = {(): None, ("old",): "group", ("light", "dark", "unknown"): "skin-tone estimate"}.get(
+        kwargs.get("groups"), "skin type")
+    by = [title for title in re.findall(r"^## By (.*)", md, re.M)
+          if title not in ("class", "hidden subtype")]
+    assert by == [kind] * (kind is not None)
+    assert ("## Differences" in md) == ("forest_all" in md) == (kwargs.get("arms") != ("real",))
+    assert ("worst_group" in results["arms"][next(iter(results["arms"]))]["test"]) == (
+        "worst" in md.split("\n## ")[0])
 
 
-def test_what_loading_left_out_stands_with_the_splits(tmp_path):
-    results, *_ = fake_run(tmp_path)
-    (tmp_path / "results.json").write_text(json.dumps(results | {"notes": ["left out 3 of 9"]}))
-    report.write(tmp_path)
+def test_a_leaking_split_is_said_at_the_top(tmp_path):
+    md, _ = fake_run(tmp_path, fake_results() | {"leak": {"all": 0.42, "nv": 0.5}})
+    assert "lesion is also in train: all 42 %, nv 50 %." in md.split("![")[0]
+
+
+def test_another_format_is_refused(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(fake_results() | {"format": 1}))
+    with pytest.raises(ValueError, match="results.json.* format is 1, not 2; run it again"):
+        report.write(tmp_path)
+
+
+# ---- python -m extras.report runs/NAME ----------------------------------------------------------
+
+def predictions(arms=("real", "guided")):
+    rng, n = np.random.default_rng(3), 60
+    part = lambda split: {
+        f"{split}_labels": rng.integers(0, 2, n), f"{split}_groups": rng.integers(0, 2, n),
+        f"{split}_subtypes": np.full(n, -1),
+        f"{split}_sources": np.array([f"i{i}" for i in range(n)]),
+        f"{split}_lesions": np.array([f"L{i}" for i in range(n)]),
+        f"{split}_reference": rng.dirichlet((1, 1), (3, n)),
+        **{f"{split}_probs_{arm}": rng.dirichlet((1, 1), (2, n)) for arm in arms}}
+    return {"class_names": np.array(CLASSES), "group_names": np.array(["I", "VI"]),
+            "subtype_names": np.array([], str), "malignant": np.array([False, True]),
+            "arms": np.array(arms), "seeds": np.arange(2), "optimistic": np.zeros(len(arms), bool),
+            **part("val"), **part("test")}
+
+
+def test_scoring_again_gives_what_measures_gives_and_keeps_the_rest(tmp_path, capsys):
+    results = fake_results()
+    fake_run(tmp_path, results)
+    np.savez(tmp_path / "predictions.npz", **predictions())
+    assert report.main([str(tmp_path)]) == 0
+    scored = measures.everything(predictions(), min_count=10, draws=50)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert list(found["arms"]) == ["real", "guided"]        # nothing vouches for the others
+    assert [found["arms"][arm]["added"] for arm in found["arms"]] == [0, 70]
+    assert found["arms"]["guided"]["test"] == scored["arms"]["guided"]["test"]
+    assert found["comparisons"] == scored["comparisons"] and found["verdict"] == scored["verdict"]
+    assert found["rounds"] == results["rounds"] and found["config"] == results["config"]
     md = (tmp_path / "report.md").read_text()
-    assert "left out 3 of 9." in md[md.index("## Splits"):md.index("## Settings")]
+    assert percent(found["arms"]["guided"]["test"]["all"]["accuracy"]) in md
+    said = capsys.readouterr().out
+    assert scored["verdict"] in said and str(tmp_path / "report.html") in said
 
 
-def test_what_is_absent_is_left_out(tmp_path):
-    report.write(tmp_path)
-    assert (tmp_path / "report.md").read_text() == "# Report: run\n"
-    hollow = {"name": "x", "arms": {"real": {}}, "comparisons": [], "rounds": []}
-    (tmp_path / "results.json").write_text(json.dumps(hollow))
-    report.write(tmp_path)
-    assert "##" not in (tmp_path / "report.md").read_text()
-    assert "<h2" not in (tmp_path / "report.html").read_text()
+@pytest.mark.parametrize("damage, says", [
+    (lambda folder: (folder / "results.json").unlink(), "results.json"),
+    (lambda folder: (folder / "results.json").write_text('{"form'), "results.json cannot be used"),
+    (lambda folder: (folder / "results.json").write_text("[]"), "results.json cannot be used"),
+    (lambda folder: (folder / "results.json").write_text('{"format": 1}'), "format is 1, not 2"),
+    (lambda folder: (folder / "predictions.npz").unlink(), "predictions.npz"),
+    (lambda folder: (folder / "predictions.npz").write_bytes(b""), "predictions.npz cannot be"),
+    (lambda folder: (folder / "predictions.npz").write_bytes(b"PK\3\4 rest"), "predictions.npz"),
+    (lambda folder: (folder / "predictions.npz").write_text("text"), "predictions.npz cannot be")])
+def test_what_cannot_be_scored_ends_in_one_line(tmp_path, capsys, damage, says):
+    fake_run(tmp_path, fake_results())
+    damage(tmp_path)
+    assert report.main([str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("report: ") and said.count("\n") == 1 and says in said
+
+
+def test_a_missing_run_and_one_at_work_are_refused(tmp_path, capsys):
+    assert report.main([str(tmp_path / "nowhere")]) == 2
+    with locked(tmp_path):
+        assert report.main([str(tmp_path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "nowhere" in lines[0] and "another process" in lines[1]

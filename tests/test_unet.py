@@ -1,14 +1,11 @@
 """unet.py: shapes, conditions, its zero start, and its parts against numpy and torch's own."""
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from unet import Attention, ResBlock, UNet, timestep_embedding
 
 

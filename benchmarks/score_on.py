@@ -1,0 +1,118 @@
+"""Score a finished run's students on another data set: an external test.
+
+    python benchmarks/score_on.py runs/NAME --on configs/ham10000.yaml --set data.root=PATH
+
+Seconds to minutes: the images are decoded and scored, nothing is trained.
+"""
+import argparse
+import hashlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+for folder in ("", "examples"):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / folder))
+import data
+from finished import Finished
+
+from data import DataError, ImageSet
+from datasets import layouts
+from engine import config as configuration
+from engine.command import one_line
+from engine.config import Config
+from engine.run import Progress, write_bytes
+from extras import measures, outcome, report
+
+
+def score_on(folder: Path, name: str, other: Config) -> dict:
+    """Score a finished run's students on all images of another data set, as an external test.
+
+    Classes and groups are matched by name, in any case; images of other classes are left out, and
+    so are those that the run learnt or chose from (the same pixels in any split but its test).
+    Thresholds are the run's own. Writes folder/external_<name>.json and returns what stands in it.
+    """
+    finished, progress = Finished(folder), Progress("images")
+    c, p, cache = finished.run.config, finished.predictions, folder.parent / "cache"
+    own = data.load(c.data, finished.run.cache, progress)   # all of train, hidden labels or not
+    other = other.replace("data", size=c.data.size)
+    images = whole(other.data, cache / f"on_{name}_{c.data.size}", progress)
+    progress.end()
+
+    def digests(some):
+        return [hashlib.sha256(image.tobytes()).digest() for image in some.images]
+    known = {digest for split in own if split != "test" for digest in digests(own[split])}
+    learnt = np.array([digest in known for digest in digests(images)])
+    labels = matched(images.class_names, finished.class_names)[images.labels]
+    keep = ~learnt & (labels >= 0)
+    if not keep.any():
+        raise DataError(f"--on {name}: nothing is left to score; its classes are "
+                        f"{', '.join(images.class_names)}, the run's "
+                        f"{', '.join(finished.class_names)}")
+    test = replace(images.subset(keep), labels=labels[keep], class_names=finished.class_names,
+                   malignant=p["malignant"].tolist())
+    groups = p["group_names"].tolist()
+    groups += [g for g in images.group_names if matched([g], groups)[0] < 0]
+    p |= {"group_names": np.array(groups, str),
+          "subtype_names": np.array([], str), "test_subtypes": np.full(len(test), -1),
+          "test_labels": test.labels, "test_lesions": test.lesions,
+          "test_groups": np.append(matched(images.group_names, groups), -1)[test.groups],
+          "test_reference": finished.predict([f"crossfit_1_{k}" for k in range(c.data.folds)],
+                                             test.images)}
+    p |= {f"test_probs_{arm}": finished.predict(finished.students(arm), test.images)
+          for arm in finished.arms}
+    settings = {"min_count": c.evaluate.min_count, "draws": c.evaluate.draws}
+    absent = np.bincount(test.labels, minlength=len(finished.class_names)) == 0
+    scored = measures.everything(p, **settings)
+    for arm, entry in scored["arms"].items():
+        entry["added"] = finished.results["arms"][arm]["added"]
+    found = {"run": folder.name, "on": name, "learnt_from": int(learnt.sum()),
+             "unmapped": {n: int((images.labels[labels < 0] == i).sum()) for i, n in
+                          enumerate(images.class_names) if (images.labels[labels < 0] == i).any()},
+             "absent": [n for n, none in zip(finished.class_names, absent) if none],
+             "config": {"evaluate": settings}, "splits": {"test": outcome.counts(test)}, **scored}
+    write_bytes(folder / f"external_{name}.json", (json.dumps(found, indent=1) + "\n").encode())
+    return found
+
+
+def whole(c, cache: Path, progress: Progress) -> ImageSet:
+    """All images of one data set, not split. c: the config's section data."""
+    if c.kind == "phantom":
+        parts = [data.load_phantom(c, name, getattr(c, name)) for name in layouts.SPLITS]
+        return parts[0].extend(parts[1]).extend(parts[2])
+    return data.load_files(c, cache, progress)[0]
+
+
+def matched(names, wanted: list[str]) -> np.ndarray:
+    """Where each name stands among the wanted ones, in any case, -1 if nowhere: (len(names),)."""
+    lower = [w.lower() for w in wanted]
+    return np.array([lower.index(n.lower()) if n.lower() in lower else -1 for n in names], np.int64)
+
+
+def told(found: dict) -> str:
+    """What `score_on` found, as text: who was left out, then the tables with their intervals."""
+    unmapped = ", ".join(f"{name} {count}" for name, count in found["unmapped"].items())
+    return (f"{found['splits']['test']['images']} images of {found['on']}, scored by the students "
+            f"of {found['run']}; left out: {found['learnt_from']} that the run learnt or chose "
+            f"from, and the classes that it does not know: {unmapped or 'none'}; its classes "
+            f"without an image there: {', '.join(found['absent']) or 'none'}\n\n"
+            + report.markdown(report.before_and_after(found)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; whatever is wrong ends in one line and status 2."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="a finished run, runs/NAME")
+    parser.add_argument("--on", type=Path, required=True, help="the config of another data set")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
+    arguments = parser.parse_args(argv)
+    with one_line("score_on.py"):
+        other = configuration.load(arguments.on, arguments.set)
+        print(told(score_on(arguments.run, arguments.on.stem, other)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,280 @@
+"""Further measures: what a report says beyond evaluate.py, and how good generated images are.
+
+N images, C classes, R seeds; weights (N, D) and tables (R, D) as in evaluate.py. Sources: Guo et
+al. 2017 (calibration error), Hardt et al. 2016 (gaps between groups), Heusel et al. 2017 (Frechet
+distance), Kynkaanniemi et al. 2019 (precision, recall).
+"""
+import itertools
+import math
+
+import numpy as np
+import torch
+from torch.nn.functional import adaptive_avg_pool2d
+
+from evaluate import auroc, interval, lesion_weights, mean_known, score, seed_spread, share, vote
+
+THRESHOLDS = {"sensitivity_at_90": 0.90, "sensitivity_at_95": 0.95}     # name: specificity on val
+
+
+def check_probs(probs: np.ndarray, labels: np.ndarray) -> None:
+    """Raise ValueError unless probs (..., N, C) are distributions and labels (N,) lie in 0..C-1."""
+    if labels.shape != probs.shape[-2:-1] or not np.isin(labels, range(probs.shape[-1])).all():
+        raise ValueError(f"labels {labels.shape} do not fit probabilities {probs.shape}: they must "
+                         f"be as many and lie in 0..{probs.shape[-1] - 1}")
+    if not (probs >= 0).all() or (abs(probs.sum(-1) - 1) > 1e-3).any():     # 1e-3: float16
+        raise ValueError("probabilities must be finite, not negative, and sum to 1 in every row")
+
+
+def check_predictions(p: dict) -> None:
+    """Raise ValueError naming the key that predictions.npz lacks, or that does not fit."""
+    def need(key, *shape):
+        if key not in p:
+            raise ValueError(f"predictions.npz has no {key!r}")
+        if shape and p[key].shape != shape:
+            raise ValueError(f"predictions.npz: {key} is {p[key].shape}, expected {shape}")
+        return p[key]
+    seeds, classes, arms, *_ = [len(need(key)) for key in (
+        "seeds", "class_names", "arms", "group_names", "subtype_names")]
+    need("malignant", classes)
+    need("optimistic", arms)
+    for split in ("val", "test"):
+        labels = need(f"{split}_labels")
+        if len(labels) == 0:
+            raise ValueError(f"predictions.npz: the {split} split is empty")
+        for key in ("groups", "subtypes", "lesions"):
+            need(f"{split}_{key}", len(labels))
+        check_probs(need(f"{split}_reference"), labels)
+        for arm in p["arms"]:
+            check_probs(need(f"{split}_probs_{arm}", seeds, len(labels), classes), labels)
+
+
+def auprc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Average precision: the mean over positives of the precision at that positive's own score,
+    ties as one threshold. scores: (..., N); positive: (N,) bool. (..., D); nan of no positive."""
+    if scores.ndim > 1:
+        return np.stack([auprc(s, positive, weights) for s in scores])
+    order = scores.argsort()
+    lower = np.searchsorted(scores, scores[positive], "left", order)    # how many score lower
+
+    def at_least(weights):          # what the images weigh that score as high as each positive
+        below = np.pad(weights[order].cumsum(0), ((1, 0), (0, 0)))
+        return below[-1] - below[lower]
+    ours, hits = weights[positive], at_least(weights * positive[:, None])
+    taken = np.maximum(at_least(weights), 1)        # 0 only where the positive counts 0
+    return (ours * hits / taken).sum(0) / ours.sum(0)
+
+
+def expected_calibration_error(probs, labels, weights, bins: int = 15) -> np.ndarray:
+    """Mean |accuracy - confidence| over equal bins (low, high] of confidence. Guo et al., Eq. 3.
+    probs: (..., N, C); labels: (N,). Returns (..., D) in 0..1."""
+    confidence = probs.max(-1).astype(np.float64)
+    where = np.digitize(confidence, np.linspace(0, 1, bins + 1)[1:-1], right=True)  # 0..bins-1
+    gap = (probs.argmax(-1) == labels) - confidence
+    return sum(abs((gap * (where == b)) @ weights) for b in range(bins)) / weights.sum(0)
+
+
+def threshold_at_specificity(p_malignant, is_malignant, specificity: float) -> float:
+    """The lowest t for which "p > t is malignant" spares at least that share of the benign images.
+    p_malignant, is_malignant: (N,), of val, to be applied to test. nan without a benign image."""
+    benign = np.sort(p_malignant[~is_malignant])
+    rank = max(math.ceil(specificity * len(benign) - 1e-9), 1)
+    return float(benign[rank - 1]) if len(benign) else math.nan
+
+
+def gaps(sensitivity: list, specificity: list) -> tuple[np.ndarray, np.ndarray]:
+    """The largest rate of a group less the smallest: equal opportunity (of the sensitivity) and
+    equalised odds (of both). Each group's tables (R, D), nan if it is too small.
+    Resampling adds the chance of few lesions once more: so the draws are moved back around the
+    sample's own gap. Intervals then cover a clear gap in 90 to 97 %, but seldom the gap 0."""
+    def gap(tables):
+        known = [t for t in tables if np.isfinite(t[:, 0]).all()]
+        return np.ptp(known, axis=0) if len(known) > 1 else tables[0] * np.nan
+    opportunity = gap(sensitivity)
+    found = opportunity, np.maximum(opportunity, gap(specificity))
+    for table in found:
+        table[:, 1:] += (table[:, 0] - mean_known(table[:, 1:].T))[:, None]
+    return found
+
+
+@np.errstate(invalid="ignore")      # 0 / 0 is nan: nobody to count
+def further(p: dict, arm: str, weights: np.ndarray, spread: np.ndarray, min_count: int) -> dict:
+    """What `everything` says of an arm beyond evaluate.score, in the shape of results.json."""
+    probs, labels, malignant = p[f"test_probs_{arm}"], p["test_labels"], p["malignant"]
+    guess, sick, p_sick = probs.argmax(-1), malignant[labels], probs[..., malignant].sum(-1)
+    right, told = guess == labels, malignant[guess] == sick
+
+    def known(table, *cells):       # nan where one of the cells has too few lesions
+        few = any(len(set(p["test_lesions"][of])) < min_count for of in cells)
+        return table * np.nan if few else table
+
+    def entry(table, *cells):
+        return interval(known(table, *cells), spread)
+
+    def counted(of):
+        return {"n": int(of.sum()), "recall": entry(share(right, of, weights), of)}
+
+    classes, groups, subtypes = (
+        {name: p[f"test_{key}"] == i for i, name in enumerate(p[f"{kind}_names"].tolist())}
+        for kind, key in (("class", "labels"), ("group", "groups"), ("subtype", "subtypes")))
+    areas = [auprc(probs[..., c], of, weights) for c, of in enumerate(classes.values())]
+    whole = {"auprc": entry(mean_known(areas), *filter(np.any, classes.values())),
+             "ece": entry(expected_calibration_error(probs, labels, weights), labels >= 0)}
+    p_val, ill = p[f"val_probs_{arm}"][..., malignant].sum(-1), malignant[p["val_labels"]]
+    for name, specificity in THRESHOLDS.items():
+        cut = np.array([[threshold_at_specificity(one, ill, specificity)] for one in p_val])
+        whole[name] = entry(share(p_sick > cut, sick, weights) + 0 * cut, sick)
+
+    rates = [[known(share(told, of & side, weights), of & side) for of in groups.values()]
+             for side in (sick, ~sick)]
+    if groups:
+        whole |= zip(("equal_opportunity_gap", "equalised_odds_gap"), map(entry, gaps(*rates)))
+    pairs = np.bincount(labels * len(classes) + vote(probs), minlength=len(classes)**2)
+    return {
+        "whole": whole, "confusion": pairs.reshape(len(classes), -1).tolist(),
+        "per_group": {name: {"n": int(of.sum()), "sensitivity": entry(a), "specificity": entry(b)}
+                      for (name, of), a, b in zip(groups.items(), *rates)},
+        "per_class": {name: counted(of) | {
+            "auroc": entry(auroc(probs[..., c], of, weights), of, ~of),
+            "auprc": entry(areas[c], of, ~of)} for c, (name, of) in enumerate(classes.items())},
+        "per_subtype": {name: counted(of) for name, of in subtypes.items()}}
+
+
+def everything(predictions, *, min_count: int = 10, draws: int = 2000, seed: int = 0) -> dict:
+    """evaluate.score of predictions.npz, or of a mapping like it, with the further measures merged
+    in, rounded. Raises ValueError naming the key that is missing or does not fit."""
+    p = dict(predictions)       # an open .npz decompresses at every access
+    check_predictions(p)
+    found = score(p, min_count=min_count, draws=draws, seed=seed)
+    rng = np.random.default_rng(seed)           # the same draws again
+    weights = lesion_weights(p["test_lesions"], draws, rng)
+    spread = seed_spread(len(p["seeds"]), draws, rng)
+    for arm, entry in found["arms"].items():
+        more = further(p, arm, weights, spread, min_count)
+        entry["test"]["all"] |= more.pop("whole")
+        entry |= more
+        if "real" in found["arms"]:
+            was, now = (vote(p[f"test_probs_{a}"]) == p["test_labels"] for a in ("real", arm))
+            entry |= {"mended": int((now & ~was).sum()), "broken": int((was & ~now).sum())}
+    return rounded(found)
+
+
+def rounded(value, digits: int = 6):
+    """The same dictionaries and lists with every float rounded."""
+    if isinstance(value, dict):
+        return {key: rounded(item, digits) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item, digits) for item in value]
+    return round(value, digits) if isinstance(value, float) else value
+
+
+def check_features(a, b, least: int) -> tuple[np.ndarray, np.ndarray]:
+    """(n, D) and (m, D) features as float64; ValueError if they do not fit or are too few."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.ndim != 2 or a.shape[1:] != b.shape[1:] or not np.isfinite(a.sum() + b.sum()):
+        raise ValueError(f"features {a.shape} and {b.shape}: expected finite (n, D) and (m, D)")
+    if min(len(a), len(b)) < least:
+        raise ValueError(f"{len(a)} and {len(b)} images are too few: at least {least} are needed")
+    return a, b
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Distance of two Gaussians fitted to features (n, D), (m, D). Heusel et al. 2017, Eq. 6.
+
+        |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^.5 S2 S1^.5)^.5)
+
+    Biased upwards for small n: compare at equal n. Raises ValueError unless n, m > D."""
+    a, b = check_features(a, b, np.shape(a)[-1] + 1)        # fewer: S would be singular
+    s1, s2 = np.atleast_2d(np.cov(a.T)), np.atleast_2d(np.cov(b.T))
+    size, axes = np.linalg.eigh(s1)
+    root = axes * np.sqrt(np.maximum(size, 0)) @ axes.T
+    product = np.linalg.eigvalsh(root @ s2 @ root)      # symmetric: no complex square root needed
+    shared = np.sqrt(np.maximum(product, 0)).sum()
+    return float(((a.mean(0) - b.mean(0))**2).sum() + np.trace(s1) + np.trace(s2) - 2 * shared)
+
+
+def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of the rows of a (n, D) and b (m, D), float64: (n, m), by |a|^2 + |b|^2 - 2 a.b."""
+    square = (a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * a @ b.T
+    return np.sqrt(np.maximum(square, 0))
+
+
+def precision_recall(real, fake, k: int = 3) -> tuple[float, float]:
+    """Share of fakes (m, D) among the reals (n, D), of reals among the fakes: within some member's
+    distance to its own k-th nearest fellow, so n, m > k. Kynkaanniemi et al. 2019, Eq. 2."""
+    def covered(points, members):
+        radius = np.partition(distances(members, members), k, axis=1)[:, k]     # 0 is itself
+        return float((distances(points, members) <= radius).any(1).mean())
+    real, fake = check_features(real, fake, k + 1)
+    return covered(fake, real), covered(real, fake)
+
+
+def nearest_distance(a, b, chunk: int = 512) -> tuple[np.ndarray, np.ndarray]:
+    """The distance of every row of a (n, ...) to the nearest of b (m, ...), and that one's index:
+    (n,) float64 and int64."""
+    if np.shape(a)[1:] != np.shape(b)[1:] or len(b) < 1:
+        raise ValueError(f"cannot compare {np.shape(a)} with {np.shape(b)}")
+    a, b = (np.asarray(x, np.float64).reshape(len(x), np.prod(np.shape(b)[1:])) for x in (a, b))
+    index = np.concatenate([distances(a[i:i + chunk], b).argmin(1)
+                            for i in range(0, max(1, len(a)), chunk)])
+    # Measured again by subtraction: the product form loses the digits of near-copies.
+    return np.sqrt(((a - b[index])**2).sum(1)), index
+
+
+def thumbnails(images: np.ndarray, side: int = 16) -> np.ndarray:
+    """uint8 (N, 3, S, S) averaged down to float32 (N, 3, side, side): near-copies differ in noise,
+    not here. Scaled so that distances are root mean square grey levels."""
+    x = torch.cat([adaptive_avg_pool2d(part.float(), side)
+                   for part in torch.tensor(images).split(1000)])
+    return x.numpy() / (3 * side * side) ** 0.5
+
+
+def nearest(images: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distance (N,) of images (N, 3, S, S) to the nearest known one in grey levels, in any of the 8
+    ways to turn or mirror it (the generator learns from all of them), and which that is (N,)."""
+    small, found = thumbnails(images), []
+    for first in range(0, len(known), 10_000):                  # a block at a time: memory
+        block = thumbnails(known[first:first + 10_000])
+        for turns, way in itertools.product(range(4), (1, -1)):
+            turned = np.rot90(small, turns, (2, 3))[..., ::way]
+            distance, index = nearest_distance(turned, block)
+            found.append((distance, first + index))
+    distance, index = (np.stack(part) for part in zip(*found))
+    best = distance.argmin(0), np.arange(len(images))
+    return distance[best], index[best]
+
+
+def same_mixture(sets: list, seed: int) -> list[np.ndarray]:
+    """Indices into each set so that all have as many images of every class x group cell; of every
+    class alone if one knows no groups, as images made elsewhere may."""
+    rng, grouped = np.random.default_rng(seed), all((s.groups >= 0).any() for s in sets)
+    cells = [s.labels * (len(s.group_names) + 1) + s.groups + 1 if grouped else s.labels
+             for s in sets]
+    fewest = {cell: min((of == cell).sum() for of in cells) for cell in np.unique(cells[0])}
+    return [np.concatenate([rng.permutation(np.flatnonzero(of == cell))[:n]
+                            for cell, n in fewest.items()]).astype(int) for of in cells]
+
+
+def generator_quality(features, votes, sets: dict, test, known: np.ndarray, seed: int, *,
+                      oracle: bool = False, unfiltered: dict | None = None) -> dict:
+    """The "generator" of results.json: sets {name: ImageSet} beside as much of test (ImageSet).
+    features(images) -> (n, D) and votes(images) -> (n,): a critic's, whom no arm uses; oracle: its
+    votes are the truth. known: all images learnt from; unfiltered: {name: (images, labels)}."""
+    *chosen, index = same_mixture([*sets.values(), test], seed)
+    real, found = features(test.images[index]), {}
+    for (name, s), index in zip(sets.items(), chosen):
+        row = found[name] = {"n": len(index)}
+        if oracle and len(index):
+            row["label_fidelity_oracle"] = float((votes(s.images[index]) == s.labels[index]).mean())
+        if oracle and name in (unfiltered or {}):
+            made, labels = unfiltered[name]
+            row["label_fidelity_unfiltered"] = float((votes(made) == labels).mean())
+        distance = nearest(s.images, known)[0]
+        row["nearest_train"] = {"all": float(np.median(distance))} | {
+            s.class_names[y]: float(np.median(distance[s.labels == y]))
+            for y in np.unique(s.labels)}
+        row |= dict.fromkeys(("frechet", "precision", "recall"))
+        if len(index) > real.shape[1]:          # fewer say nothing: None
+            own = features(s.images[index])
+            row["frechet"] = frechet_distance(real, own)
+            row["precision"], row["recall"] = precision_recall(real, own)
+    return rounded(found)

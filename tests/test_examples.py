@@ -1,0 +1,69 @@
+"""examples/: each shows what it says, and refuses bad input in one line."""
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+HERE = Path(__file__).resolve().parents[1]
+CONFIG = ["--config", str(HERE / "configs/tiny.yaml")]
+SMALL = [f"--set={change}" for change in (
+    "data.train=80", "data.val=60", "data.test=40", "ddpm.steps=3", "classifier.steps=3",
+    "unet.width=16", "ddpm.batch=8")]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def example(name):
+    """The main function of examples/name."""
+    spec = importlib.util.spec_from_file_location(name[:-3], HERE / "examples" / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_show_data_from_another_folder(tmp_path):
+    command = [sys.executable, str(HERE / "examples/show_data.py"), *CONFIG, *SMALL]
+    said = subprocess.run([*command, "--out", "deep/er/sheet.png"], check=True, text=True,
+                          stdout=subprocess.PIPE).stdout
+    assert re.search(r"images +80 +60 +40\n", said)
+    counts = [int(re.search(rf"class {name}.* (\d+) +\d+ +\d+\n", said)[1])
+              for name in ("nv", "bkl", "bcc", "mel")]
+    assert sum(counts) == 80
+    assert "whose lesion is also in train: all 0%" in said
+    assert Image.open(tmp_path / "deep/er/sheet.png").format == "PNG"
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm"])
+def test_train_ddpm(tmp_path, capsys, sampler):
+    example("train_ddpm.py")([*CONFIG, *SMALL, "--sampler", sampler, "--steps", "2"])
+    said = capsys.readouterr().out
+    assert said == ("wrote ddpm.png: a row a class, a pair a group, real and from pure noise by "
+                    f"{sampler} in 2 steps\n")
+    width, height = Image.open(tmp_path / "ddpm.png").size
+    assert width > 12 * 16 and height > 4 * 16          # 2 x 6 types, 4 classes, 16 pixels each
+
+
+def test_train_student(capsys):
+    example("train_student.py")([*CONFIG, *SMALL])
+    said = capsys.readouterr().out
+    found = dict(re.findall(r"(\w[\w ]*) (\d\.\d{3})", said))
+    assert {"accuracy", "sensitivity", "specificity", "balanced accuracy", "auroc"} <= set(found)
+    assert all(0 <= float(value) <= 1 for value in found.values())
+
+
+@pytest.mark.parametrize("name", ["show_data.py", "train_ddpm.py", "train_student.py"])
+@pytest.mark.parametrize("wrong, key", [("ddpm.stepz=3", "stepz"), ("data.folds=1", "data.folds")])
+def test_bad_input_ends_in_one_line(tmp_path, capsys, name, wrong, key):
+    with pytest.raises(SystemExit) as stopped:
+        example(name)([*CONFIG, f"--set={wrong}"])
+    assert stopped.value.code == 2
+    said = capsys.readouterr()
+    [line] = said.err.splitlines()
+    assert said.out == "" and line.startswith(f"{name}: ") and key in line

@@ -1,0 +1,199 @@
+"""What a run tells: counts, leaks, who takes part, the ledger of what was made, the truth."""
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import classifier
+import data
+import loop
+from conftest import SMALL
+from datasets import phantom
+from engine import config as configuration
+from engine.augment import to_float
+from engine.run import Run, locked
+from engine.training import seeded
+from extras import outcome, report
+from test_data import made as made_up
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "small.yaml").write_text(SMALL)
+    return Run(tmp_path, configuration.load(tmp_path / "small.yaml"))
+
+
+def set_to(run, section, **values):
+    return Run(run.folder, run.config.replace(section, **values))
+
+
+@pytest.fixture
+def splits(run):
+    return data.load(run.config.data)
+
+
+# ---- the data ------------------------------------------------------------------------------------
+
+def test_counts_and_table():
+    whole = made_up(60)
+    counted = outcome.counts(whole)
+    assert counted["images"] == sum(counted["classes"].values()) == sum(counted["groups"].values())
+    assert counted["lesions"] == 60 and list(counted["groups"]) == ["I", "II", "III", "unknown"]
+    for name, label in zip(whole.class_names, range(4)):
+        assert counted["classes"][name] == list(whole.labels).count(label)
+    known = whole.subset(whole.groups >= 0)
+    assert "unknown" not in outcome.counts(known)["groups"]
+    train, test, sick = outcome.described({"train": whole, "test": known}).splitlines()
+    assert train.startswith(f"train: {len(whole)} images of 60 lesions: c0 {counted['classes']['c0']}, ")
+    assert train.endswith(f", group unknown {(whole.groups == -1).sum()}")
+    assert test.startswith(f"test: {len(known)} images of ") and "unknown" not in test
+    names = [name for name, malignant in zip(whole.class_names, whole.malignant) if malignant]
+    assert sick == "malignant: " + ", ".join(names)
+
+
+def test_the_leaked_share_is_that_of_test_images_with_a_sister_in_train():
+    whole = made_up(60)
+    train, test = whole.subset(np.arange(0, len(whole), 2)), whole.subset(np.arange(1, 99, 2))
+    seen = [lesion in set(train.lesions) for lesion in test.lesions]
+    found = outcome.leaked_share({"train": train, "test": test})
+    assert 0 < found["all"] == np.mean(seen) < 1 and len(found) == 5
+    for label, name in enumerate(whole.class_names):
+        assert found[name] == np.mean([s for s, y in zip(seen, test.labels) if y == label])
+    splits = data.split_lesions(whole, 0.2, 0.2, 0)
+    assert set(outcome.leaked_share(splits).values()) == {0}
+
+
+def test_all_are_the_arms_that_can_be_run_in_the_order_of_the_table(run, splits, capsys):
+    def arms(given, **sections):
+        for section, values in sections.items():
+            run = set_to(given, section, **values)
+            given = run
+        return list(outcome.begin(given, splits, loop.ARMS))
+    every = ["real", "balanced", "replay", "recolour", "noise", "random", "guided"]
+    assert arms(run, loop={"arms": ["all"]}) == every
+    assert arms(run, loop={"arms": ["all", "leaked"]}) == [*every, "leaked"]
+    assert arms(run, loop={"arms": ["guided", "real"]}) == ["real", "guided"]
+    assert "pseudo" in arms(run, data={"labelled": 0.5}, loop={"arms": ["all"]})
+    assert "external" in arms(run, loop={"arms": ["all"]}, guidance={"external": "made.csv"})
+    assert "optimistic" not in capsys.readouterr().out
+    none = {name: replace(s, groups=np.full(len(s), -1), group_names=())
+            for name, s in splits.items()}
+    splits = none | {"test": none["train"]}
+    assert arms(run, loop={"arms": ["all"]}) == [a for a in every if a != "balanced"]
+    said = capsys.readouterr().out
+    assert "'balanced' left out" in said and "guidance.start is 'parent'" in said
+    assert "every number below is optimistic" in said and "100%" in said
+
+
+# ---- a round -------------------------------------------------------------------------------------
+
+def test_a_round_is_counted_by_hand(run, splits, capsys):
+    """Ten children, each judged by the student that never saw its parent."""
+    run, train = set_to(run, "loop", margin=0.3), splits["train"]
+    probs = np.full((len(train), 4), 0.1, np.float32)
+    probs[np.arange(len(train)), train.labels] = 0.7
+    probs[:6] = 0.25                                                    # unsure: margin 0
+    probs[np.arange(6, 10), (train.labels[6:10] + 1) % 4] = 0.9         # wrong
+    parents = np.array([4, 5, 6, 7, 8, 9, 9, 4, 5, 6])
+    why = np.array([0, 0, 0, 2, 2, 3, 1, 0, 0, 2])
+    none = np.zeros(10)
+    m = loop.Candidates(train.subset(parents), parents, train.groups[parents], none, none, why, 3)
+    students = [seeded(s, classifier.build, "small", 16, 4).eval() for s in (1, 2)]
+    entry = outcome.of_round(run, 1, splits, probs, 9, students, {"guided": [m]}, None, None, 0)
+    assert json.loads(capsys.readouterr().out) == entry
+    wrong = [classifier.predict(students[fold], torch.tensor(image[None])).argmax() != label
+             for image, fold, label in zip(m.children.images, m.children.folds, m.children.labels)]
+    assert entry == {"round": 1, "hard": 10, "wrong": 4, "parents": 6, "candidates": 10, "kept": 5,
+                     "rejected": {"nonfinite": 1, "judge": 3, "copy": 1}, "nonfinite_gradients": 3,
+                     "hardness": {"parents_wrong": 0.6, "children_wrong": np.mean(wrong)},
+                     "judge_agrees": 0.7}
+    assert outcome.of_round(run, 2, splits, probs, 9, students, {}, None, None, 0) == {
+        "round": 2, "hard": 10, "wrong": 4}
+
+
+def test_the_ledger_says_where_every_image_is_from(tiny):
+    folder = tiny / "synthetic"
+    rows = list(csv.DictReader((folder / "synthetic.csv").open()))
+    assert {row["image"] for row in rows} == {f"{p.parent.name}/{p.name}"
+                                             for p in folder.glob("*/*.png")}
+    train = data.load(configuration.load(tiny / "config.yaml").data)["train"]
+    where = {source: i for i, source in enumerate(train.sources)}
+    for row in rows:
+        parent = where[row["parent"]]
+        assert row["class"] == train.class_names[train.labels[parent]]
+        assert int(row["fold"]) == train.folds[parent]
+        assert row["group"] != train.group_names[train.groups[parent]]
+        assert row["image"].startswith(row["class"] + "/") and 0 <= float(row["judge"]) <= 1
+    assert len(rows) >= json.loads((tiny / "results.json").read_text())["arms"]["guided"]["added"]
+
+
+def test_the_synthetic_images_load_as_folders_and_as_a_csv(run, splits):
+    train, none, parents = splits["train"], np.zeros(60), np.arange(60)
+    targets, why = data.other_groups(train.subset(parents), 0), (parents % 3 == 0).astype(int)
+    children = replace(train.subset(parents), images=255 - train.images[parents], groups=targets)
+    made = loop.Candidates(children, parents, targets, none, none, why, 0)
+    outcome.write_synthetic(run, train, [made, made], 100)
+    root, c = run.folder / "synthetic", run.config
+    rows = sorted(csv.DictReader((root / "synthetic.csv").open()), key=lambda row: row["image"])
+    assert len(rows) == 80 and {row["class"] for row in rows} == set(train.class_names)
+    columns = dict(image_column="image", label_column="class", lesion_column="parent",
+                   group="group")
+    for kind, given in (("folder", {}), ("csv", columns)):
+        loaded, sides = data.load_files(c.replace("data", kind=kind, root=str(root),
+                                                  malignant=["mel"], **given).data)
+        assert sides is None and len(loaded) == len(rows)
+        for i, row in enumerate(rows):
+            assert loaded.sources[i] == row["image"]
+            assert loaded.class_names[loaded.labels[i]] == row["class"]
+            stored = np.asarray(Image.open(root / row["image"]))
+            assert np.array_equal(loaded.images[i].transpose(1, 2, 0), stored)
+            number = train.sources.tolist().index(row["parent"])
+            assert np.array_equal(loaded.images[i], 255 - train.images[number])
+            if kind == "csv":
+                assert loaded.group_names[loaded.groups[i]] == row["group"]
+                assert train.sources.tolist().index(row["parent"]) % 3
+
+
+# ---- the end -------------------------------------------------------------------------------------
+
+def test_predictions_are_each_student_s_on_each_split(run, splits):
+    """By students that say their own number and the split they are shown."""
+    def predict(run, one, images):
+        [which] = [i for i, name in enumerate(("val", "test")) if images is splits[name].images]
+        return np.full((len(images), 4), 10 * one + which, np.float32)
+    p = outcome.predict(run, splits, {"real": [1, 2], "leaked": [3, 4]}, [5, 6, 7], predict)
+    for which, split in enumerate(("val", "test")):
+        s = splits[split]
+        for arm, students in (("real", (1, 2)), ("leaked", (3, 4))):
+            found = p[f"{split}_probs_{arm}"]
+            assert found.shape == (2, len(s), 4)
+            assert found[:, 0, 0].tolist() == [10 * one + which for one in students]
+        assert p[f"{split}_reference"][:, 0, 0].tolist() == [50 + which, 60 + which, 70 + which]
+        for key in ("labels", "groups", "subtypes", "lesions", "sources"):
+            assert np.array_equal(p[f"{split}_{key}"], getattr(s, key))
+    assert p["arms"].tolist() == ["real", "leaked"] and p["optimistic"].tolist() == [False, True]
+    assert p["seeds"].tolist() == [0, 1] and tuple(p["class_names"]) == phantom.CLASS_NAMES
+
+
+
+def test_extracted_features_are_what_the_last_layer_sees(splits):
+    network = seeded(1, classifier.build, "small", 16, 4).eval()
+    images = torch.tensor(np.concatenate([splits["train"].images] * 4)[:510])
+    features = outcome.extract_features(network, images)
+    assert features.shape == (510, 128) and features.dtype == np.float32
+    logits = torch.tensor(features) @ network.fc.weight.T + network.fc.bias
+    with torch.no_grad():
+        assert torch.allclose(logits, network(to_float(images)), atol=1e-4)
+
+
+def test_a_run_that_is_locked_is_not_scored_again(tiny, capsys):
+    before = (tiny / "results.json").read_bytes()
+    with locked(tiny):
+        assert report.main([str(tiny)]) == 2
+    assert "another process" in capsys.readouterr().err
+    assert report.main([str(tiny)]) == 0
+    assert json.loads((tiny / "results.json").read_bytes()) == json.loads(before)
