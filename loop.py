@@ -281,7 +281,7 @@ def as_many_each(makers: dict, made: dict, most: int) -> dict:
         raise DataError(f"the filter left no image for {empty or alike}: raise "
                         "ddpm.steps or lower guidance.objectives")
     if count < most:
-        print(f"every arm adds {count} images, not {most} (loop.surplus)")
+        print(f"every arm adds {count} of {most} images (loop.surplus)")
     added = {}
     for name, of in passed.items():
         children = reduce(ImageSet.extend, [m.children for m in made[name]])

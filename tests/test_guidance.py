@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import ddpm
-import guidance
 import loop
 from classifier import ResNet
 from data import ImageSet
