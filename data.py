@@ -11,7 +11,7 @@ from datasets import checks, phantom
 from datasets import images as files
 from datasets.layouts import SPLITS, DataError
 
-CHILDREN = 5        # at most of one parent: on the phantom, one for every other skin type
+CHILDREN = 5        # at most of one parent
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,8 +194,8 @@ def hard_parents(pool: np.ndarray, images: ImageSet,
 
 
 def matched(kinds: np.ndarray, chosen: np.ndarray, seed: int) -> np.ndarray:
-    """For every parent in `chosen` a random one of its kind, repeated as often: what is made of
-    them differs in nothing but the mining. kinds: (N,) of all images."""
+    """For every parent in `chosen` a random one of its kind, repeated as often: no mining,
+    the same cells. kinds: (N,) of all images."""
     rng, swap = np.random.default_rng(seed), {}
     for kind in np.unique(kinds[chosen]):
         distinct = np.unique(chosen[kinds[chosen] == kind])

@@ -198,8 +198,8 @@ def eps_model(network: nn.Module, schedule: Schedule, y: Tensor, g: Tensor,
 
 def even_times(steps: int, last: int) -> list[int]:
     """Noise levels from `last` to -1, the clean image, in `steps` even strides; ValueError if there
-    are fewer levels. No step is spent on level 0, which is all but clean: on the exact oracle that
-    costs DDIM a tenth and DPM-Solver++ most of its advantage."""
+    are fewer levels. With more, no step is spent on level 0, all but clean: that would cost DDIM a
+    tenth, on the exact oracle, and DPM-Solver++ most of its advantage."""
     if not 1 <= steps <= last + 1:
         raise ValueError(f"{steps} steps do not fit between the noise "
                          f"levels 0 and {last}")

@@ -98,8 +98,8 @@ def guided_eps(model: EpsModel, schedule: Schedule,
 
         eps <- eps - scale * sqrt(1 - abar_t) * gradient
 
-    Each image's gradient has root mean square sqrt(abar_t): a true one fades with the signal too.
-    x0_hat moves by scale * (1 - abar_t): scale is the most a step changes, in units of [-1, 1].
+    Each image's gradient is set to root mean square sqrt(abar_t), our choice: x0_hat then moves by
+    scale * (1 - abar_t): less as the noise goes, and never more than the scale.
     A term of scale 0 is not evaluated; without any other the very same eps_model is returned."""
     terms = [(scale, term) for scale, term in terms if scale != 0]
     if not terms:
@@ -120,7 +120,7 @@ def guided_eps(model: EpsModel, schedule: Schedule,
 
 def counterfactual(own: EpsModel, wanted: EpsModel,
                    schedule: Schedule, x0: Tensor, depth: float,
-                   steps: int, sample=sample_ddim) -> Tensor:
+                   steps: int, sample=sample_ddim, noise=None) -> Tensor:
     """The same lesion, were it otherwise: invert x0 under `own`, decode the latent under `wanted`.
     own: eps_model told the image's class and group; wanted: told the class and another group,
     guided or not. What the condition does not explain (the lesion's shape, its place) sits in the
@@ -129,7 +129,7 @@ def counterfactual(own: EpsModel, wanted: EpsModel,
     end = max(steps, round(depth * schedule.T)) - 1
     times = even_times(steps, end)
     latent = invert_ddim(own, schedule, x0, times)              # up
-    return sample(wanted, schedule, latent, times)              # and down
+    return sample(wanted, schedule, latent, times, noise)       # and down
 
 
 def variation(wanted: EpsModel, schedule: Schedule, x0: Tensor,
@@ -160,7 +160,8 @@ class Drawn(NamedTuple):
     nonfinite_gradients: int = 0            # dropped on the way
 
 
-def synthesise(generator: Generator, students: Sequence[nn.Module], parents: ImageSet,
+def synthesise(generator: Generator,
+               students: Sequence[nn.Module], parents: ImageSet,
                targets: np.ndarray, seeds: np.ndarray, c, *, start: str,
                objectives: dict[str, float]) -> Drawn:
     """One image of every parent's class and of group targets (N,), -1 for none, in one batch.
@@ -185,7 +186,7 @@ def synthesise(generator: Generator, students: Sequence[nn.Module], parents: Ima
     sample = SAMPLERS[c.sampler]
     if start == "counterfactual":
         x = counterfactual(told(own), wanted, schedule, x0,
-                           c.depth, c.steps, sample)
+                           c.depth, c.steps, sample, noise)
     elif start == "parent":
         x = variation(wanted, schedule, x0, noise,
                       c.strength, c.steps, sample)

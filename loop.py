@@ -3,8 +3,8 @@
     python loop.py --config config.yaml                 a new run in runs/config
     python loop.py --resume runs/config                 go on with one that was stopped
 
-The only file that knows all others. A resumed run walks the same lines: run.stage and run.train
-hand back what an earlier attempt has finished.
+The only file that knows all. A resumed run walks the same lines: run.stage and run.train hand
+back what an earlier attempt has finished.
 """
 import sys
 from collections.abc import Callable
@@ -47,7 +47,7 @@ ARMS = {
     "recolour": Arm(recoloured, copies=True),           # the sceptic's arm
     "noise":    Arm(from_noise),
     "external": Arm(copied, parents="external"),        # made elsewhere
-    "random":   Arm(from_model, parents="random"),      # the same without mining
+    "random":   Arm(from_model, parents="random"),      # no mining, no hardness
     "guided":   Arm(from_model, hardness=True),         # after
     "leaked":   Arm(from_model, parents="test", hardness=True),     # for show
 }
@@ -78,7 +78,7 @@ def experiment(run: Run) -> None:
     splits["train"] = train
 
     # 4. On train alone: the diffusion model, its guide, the filter's judge.
-    _, weights = mixed(run, train)
+    weights = mixed(run, train)[1]
     generator = (networks.train_generator(run, train, seen, weights)
                  if drawing else None)
     judge = student(run, "judge", train, weights, run.seed("judge"), jitter)
@@ -155,9 +155,9 @@ def mixed(run: Run, train: ImageSet, added: ImageSet | None = None,
 
 def cross_fit(run: Run, number: int, train: ImageSet,
               synthetic: ImageSet | None, jitter: float):
-    """Student k learns from all folds but k, synthetic images included: a child has its parent's
-    fold, so `folds != k` keeps both on one side. Returns the students, and (N, C) every training
-    image's probabilities by the one that never saw its lesion."""
+    """Student k learns from all folds but k, synthetic images too: a child has its parent's
+    fold, so both are on one side. Returns the students, and (N, C) every training image's
+    probabilities by the one that never saw its lesion."""
     students = []
     probs = np.zeros((len(train), len(train.class_names)), np.float32)
     for k in range(run.config.data.folds):
@@ -207,7 +207,7 @@ def parents_for(kit: Kit, arm: Arm, mined, splits: dict, students):
         rng = np.random.default_rng(kit.seed)
         some = rng.permutation(len(source))[:len(hard)]
         return source, some, np.full(len(some), -1)
-    # The naive protocol, for show: hard cases mined on the test set itself.
+    # Naive, for show: hard cases mined on the test set itself.
     votes = [predict(kit.run, one, source.images) for one in students]
     probs = np.mean(votes, axis=0)
     return source, *mine(kit.run, source, probs, len(hard), None, "leak")
@@ -239,8 +239,7 @@ def make(kit: Kit, arm: Arm, keep: "Filter", source: ImageSet,
 
 
 class Filter:
-    """A judge that neither guides nor mines must agree with the label; near-copies of what
-    anything has learnt from are dropped."""
+    """The judge must agree with the label; near-copies of images seen are dropped, unless meant."""
 
     def __init__(self, run: Run, judge: nn.Module,
                  seen: ImageSet, splits: dict):
@@ -276,8 +275,9 @@ def as_many_each(makers: dict, made: dict, most: int) -> dict:
              if arm.parents == "hard" and arm.child is not from_noise]
     for name in alike:
         passed[name] = np.all([passed[n] for n in alike], axis=0)
-    count = min([most, *(of.sum() for of in passed.values())])
-    if count == 0:
+    fair = [passed[name].sum() for name in passed if name != "leaked"]
+    count = min([most, *fair])
+    if empty or count == 0:
         raise DataError(f"the filter left no image for {empty or alike}: raise "
                         "ddpm.steps or lower guidance.objectives")
     if count < most:

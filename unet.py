@@ -26,7 +26,7 @@ def norm(channels: int) -> nn.GroupNorm:
 
 
 def zero(module: nn.Module) -> nn.Module:
-    """Start a residual branch at nothing, so that the whole network starts as the identity."""
+    """Start at nothing: a residual block as the identity, the whole network at 0."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module

@@ -41,7 +41,8 @@ class RunError(RuntimeError):
 
 class Run:
     """runs/NAME: its config, device and seeds, and what it has finished so far.
-    A checkpoint of another fingerprint is not used; `seconds` of a training kill -9 loses at most.
+    A checkpoint of another fingerprint is not used. seconds: from one save of a training to the
+    next, so what kill -9 loses of it at most.
     """
 
     def __init__(self, folder: Path, config: Config, fingerprint: str = "none",

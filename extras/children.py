@@ -27,7 +27,7 @@ class Kit(NamedTuple):
 
 
 def make_kit(run: Run, name: str, number: int, train: ImageSet, generator, students) -> Kit:
-    """The kit of arm `name` in round `number`. Its seed's words are those of published figures."""
+    """The kit of arm `name` in round `number`. Its seed's words: as in all published figures."""
     words = ("synthesis", number) if name in ("guided", "leaked") else (name, number - 1)
     return Kit(run, f"{name}_{number}", run.seed(*words), train, generator, students)
 

@@ -26,7 +26,7 @@ def hide(c, splits: dict) -> dict:
 
 def guess(run, splits: dict, jitter: float, student, predict, mixed, sure: float = SURE):
     """(train, seen, what happened): students of the labels vote on the lesions without one. Those
-    they are sure of join train, as guessed; seen holds the others too, for the generator alone."""
+    they are sure of join train, as guessed; seen holds all, for the generator and the filter."""
     train = splits["train"]
     if "unlabelled" not in splits:
         return train, train, {}

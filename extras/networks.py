@@ -55,8 +55,8 @@ def load_published(network: classifier.ResNet, path: str) -> None:
 
 
 def train_generator(run: Run, train: ImageSet, seen: ImageSet, weights: np.ndarray) -> Generator:
-    """The diffusion model and the guide, on train alone; the model also on the images seen beyond
-    it, told no class. weights: how often the guide sees each image of train."""
+    """The diffusion model and the guide, on train; the model also on what is `seen` beyond train,
+    without a class. weights: (len(train),), how often the guide sees each image."""
     c, k = run.config.ddpm, run.config.classifier
     more = (0, len(seen) - len(train))
     labels = np.pad(train.labels, more, constant_values=-1)

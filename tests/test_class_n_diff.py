@@ -125,7 +125,7 @@ def test_the_guide_teaches_as_often_as_asked_and_never_while_warming_up():
     """20 trainings of 50 steps, the first five of which are the warm-up."""
     taught = []
     for seed in range(20):
-        networks = class_n_diff.together(Line(), seeded(0, Guide))
+        networks = nn.ModuleDict({"unet": Line(), "guide": seeded(0, Guide)})
         train(networks, 50, 0.4, batch=2, seed=seed)
         taught.append(networks["guide"].taught)
     taught = np.array(taught)                                    # (20, 50): once in every step
@@ -145,7 +145,7 @@ def test_the_diffusion_model_s_averaged_weights_stay_and_the_guide_s_last():
     """Their mean by hand. At decay 0 what is left is the last step's weights themselves."""
     found = {}
     for decay in (0.5, 0.0):
-        found[decay] = class_n_diff.together(Line(), seeded(0, Guide))
+        found[decay] = nn.ModuleDict({"unet": Line(), "guide": seeded(0, Guide)})
         train(found[decay], 12, ema_decay=decay)
     path = [*found[0.5]["unet"].path, found[0.0]["unet"].slope.item()]
     assert path[:-1] == found[0.0]["unet"].path and len(path) == 13

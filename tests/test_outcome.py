@@ -48,7 +48,8 @@ def test_counts_and_table():
     known = whole.subset(whole.groups >= 0)
     assert "unknown" not in outcome.counts(known)["groups"]
     train, test, sick = outcome.described({"train": whole, "test": known}).splitlines()
-    assert train.startswith(f"train: {len(whole)} images of 60 lesions: c0 {counted['classes']['c0']}, ")
+    first = counted["classes"]["c0"]
+    assert train.startswith(f"train: {len(whole)} images of 60 lesions: c0 {first}, ")
     assert train.endswith(f", group unknown {(whole.groups == -1).sum()}")
     assert test.startswith(f"test: {len(known)} images of ") and "unknown" not in test
     names = [name for name, malignant in zip(whole.class_names, whole.malignant) if malignant]

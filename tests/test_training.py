@@ -105,16 +105,16 @@ def test_ema_against_a_loop_by_hand():
     network = nn.Linear(2, 1)
     ema = EMA(network, 0.6)
     mean, n = network.weight.detach().double().clone(), 0
-    for step in range(12):
+    for i in range(12):
         with torch.no_grad():
-            network.weight.copy_(normal(1, 2, seed=step, dtype=torch.float32))
+            network.weight.copy_(normal(1, 2, seed=i, dtype=torch.float32))
         ema.update(network)
         n += 1
         decay = min(0.6, (1 + n) / (10 + n))
         mean = decay * mean + (1 - decay) * network.weight.detach().double()
     assert torch.allclose(ema.shadow["weight"].double(), mean, atol=1e-6)
     assert (1 + n) / (10 + n) < 0.6 < (1 + n + 4) / (10 + n + 4)      # the rise is not over yet
-    for step in range(12, 20):
+    for _ in range(12, 20):
         ema.update(network)
         n += 1
         mean = (d := min(0.6, (1 + n) / (10 + n))) * mean + (1 - d) * network.weight.detach()
