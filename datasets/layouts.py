@@ -4,8 +4,7 @@ HAM10000: Tschandl, Rosendahl, Kittler, Sci. Data 5:180161 (2018), doi:10.7910/D
 ISIC 2018, task 3: Codella et al., arXiv 1902.03368. ISIC 2019: HAM10000 with BCN_20000 (Combalia
 et al., arXiv 1908.02288) and MSK (Codella et al., arXiv 1710.05006).
 Fitzpatrick17k: Groh et al., arXiv 2104.09957. DermaMNIST: Yang et al., Sci. Data 10:41 (2023);
-corrected, DermaMNIST-C and -E: Abhishek, Jain, Hamarneh, Sci. Data 12:196 (2025).
-"""
+corrected, DermaMNIST-C and -E: Abhishek, Jain, Hamarneh, Sci. Data 12:196 (2025)."""
 import csv
 import os
 import zipfile

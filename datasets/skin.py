@@ -1,6 +1,5 @@
 """Skin colour, and skin tone by the individual typology angle (ITA): Chardon et al., Int. J.
-Cosmet. Sci. 13 (1991); the names of its ranges: Del Bino & Bernerd, Br. J. Dermatol. 169 (2013).
-"""
+Cosmet. Sci. 13 (1991); the names of its ranges: Del Bino & Bernerd, Br. J. Dermatol. 169 (2013)."""
 import numpy as np
 
 TONES = ("very light", "light", "intermediate", "tan", "brown", "dark")

@@ -1,7 +1,6 @@
 """What a run leaves on disk: stages that are done once, an event log, progress on the terminal.
 
-Every file is whole or not there: a run that is stopped anywhere goes on from the last whole one.
-"""
+Every file is whole or not there: a run that is stopped anywhere goes on from the last whole one."""
 import contextlib
 import functools
 import hashlib
@@ -42,8 +41,7 @@ class RunError(RuntimeError):
 class Run:
     """runs/NAME: its config, device and seeds, and what it has finished so far.
     A checkpoint of another fingerprint is not used. seconds: from one save of a training to the
-    next, so what kill -9 loses of it at most.
-    """
+    next, so what kill -9 loses of it at most."""
 
     def __init__(self, folder: Path, config: Config, fingerprint: str = "none",
                  seconds: float = 30):

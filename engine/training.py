@@ -2,8 +2,7 @@
 resumable. A step draws all its randomness from `step_generator(seed, step)`, so a run that is
 resumed equals one that was never stopped, without any random state in the checkpoint.
 
-Sources: Loshchilov & Hutter 2019 (AdamW, arXiv 1711.05101); 2017 (cosine, arXiv 1608.03983).
-"""
+Sources: Loshchilov & Hutter 2019 (AdamW, arXiv 1711.05101); 2017 (cosine, arXiv 1608.03983)."""
 import ctypes
 import functools
 import math
@@ -19,8 +18,7 @@ def step(network: nn.Module, optimizer: torch.optim.Optimizer, pick: Callable, l
          generator: torch.Generator, bf16: bool = False, ema=None) -> Tensor:
     """One training step of the diffusion model, the guide or a student. Returns the loss; not
     finite if the gradient was not.
-    pick(generator) -> batch, (B,) or (B, n) int64: which images; loss(batch, generator) -> scalar.
-    """
+    pick(generator) -> batch, (B,) or (B, n) int64: the images; loss(batch, generator) -> scalar."""
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(generator.device.type, dtype=torch.bfloat16, enabled=bf16):
         batch = pick(generator)
@@ -174,8 +172,7 @@ class Recorded:
     """update(), from its fourth call on a CUDA graph: a GPU is done with a small network's thousand
     kernels sooner than Python can ask for them one by one.
     update() -> Tensor, on the GPU alone, reads and writes the same tensors in every call; numbers
-    of Python's are recorded as they are. `generator` is drawn from anew, by its seed at the time.
-    """
+    of Python's are recorded as they are. `generator` is drawn from anew, by its seed then."""
 
     def __init__(self, update: Callable[[], Tensor], generator: torch.Generator):
         self.update, self.generator, self.calls, self.graph = update, generator, 0, None

@@ -1,6 +1,5 @@
 """Class-N-Diff, Munia & Imran 2025 (arXiv 2510.16887): the guide learns beside the diffusion model
-and teaches it in some steps; or the model itself classifies, by a head on its bottleneck.
-"""
+and teaches it in some steps; or the model itself classifies, by a head on its bottleneck."""
 import functools
 
 import torch

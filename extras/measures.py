@@ -1,10 +1,10 @@
 """Further measures: what a report says beyond evaluate.py, and how good generated images are.
 
-N images, C classes, R seeds; weights (N, D) and tables (R, D) as in evaluate.py. Sources: Guo et
-al. 2017 (calibration error), Hardt et al. 2016 (gaps between groups), Heusel et al. 2017 (Frechet
-distance), Kynkaanniemi et al. 2019 (precision, recall).
-"""
+N images, C classes, R seeds; weights (N, D) and tables (R, D) as in evaluate.py. Sources: Hardt
+et al. 2016 (gaps between groups), Heusel et al. 2017 (Frechet distance), Kynkaanniemi et al. 2019
+(precision, recall)."""
 import itertools
+import json
 import math
 
 import numpy as np
@@ -46,31 +46,6 @@ def check_predictions(p: dict) -> None:
         check_probs(need(f"{split}_reference"), labels)
         for arm in p["arms"]:
             check_probs(need(f"{split}_probs_{arm}", seeds, len(labels), classes), labels)
-
-
-def auprc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Average precision: the mean over positives of the precision at that positive's own score,
-    ties as one threshold. scores: (..., N); positive: (N,) bool. (..., D); nan of no positive."""
-    if scores.ndim > 1:
-        return np.stack([auprc(s, positive, weights) for s in scores])
-    order = scores.argsort()
-    lower = np.searchsorted(scores, scores[positive], "left", order)    # how many score lower
-
-    def at_least(weights):          # what the images weigh that score as high as each positive
-        below = np.pad(weights[order].cumsum(0), ((1, 0), (0, 0)))
-        return below[-1] - below[lower]
-    ours, hits = weights[positive], at_least(weights * positive[:, None])
-    taken = np.maximum(at_least(weights), 1)        # 0 only where the positive counts 0
-    return (ours * hits / taken).sum(0) / ours.sum(0)
-
-
-def expected_calibration_error(probs, labels, weights, bins: int = 15) -> np.ndarray:
-    """Mean |accuracy - confidence| over equal bins (low, high] of confidence. Guo et al., Eq. 3.
-    probs: (..., N, C); labels: (N,). Returns (..., D) in 0..1."""
-    confidence = probs.max(-1).astype(np.float64)
-    where = np.digitize(confidence, np.linspace(0, 1, bins + 1)[1:-1], right=True)  # 0..bins-1
-    gap = (probs.argmax(-1) == labels) - confidence
-    return sum(abs((gap * (where == b)) @ weights) for b in range(bins)) / weights.sum(0)
 
 
 def threshold_at_specificity(p_malignant, is_malignant, specificity: float) -> float:
@@ -116,10 +91,8 @@ def further(p: dict, arm: str, weights: np.ndarray, spread: np.ndarray, min_coun
     classes, groups, subtypes = (
         {name: p[f"test_{key}"] == i for i, name in enumerate(p[f"{kind}_names"].tolist())}
         for kind, key in (("class", "labels"), ("group", "groups"), ("subtype", "subtypes")))
-    areas = [auprc(probs[..., c], of, weights) for c, of in enumerate(classes.values())]
-    whole = {"auprc": entry(mean_known(areas), *filter(np.any, classes.values())),
-             "ece": entry(expected_calibration_error(probs, labels, weights), labels >= 0)}
     p_val, ill = p[f"val_probs_{arm}"][..., malignant].sum(-1), malignant[p["val_labels"]]
+    whole = {}
     for name, specificity in THRESHOLDS.items():
         cut = np.array([[threshold_at_specificity(one, ill, specificity)] for one in p_val])
         whole[name] = entry(share(p_sick > cut, sick, weights) + 0 * cut, sick)
@@ -134,8 +107,8 @@ def further(p: dict, arm: str, weights: np.ndarray, spread: np.ndarray, min_coun
         "per_group": {name: {"n": int(of.sum()), "sensitivity": entry(a), "specificity": entry(b)}
                       for (name, of), a, b in zip(groups.items(), *rates)},
         "per_class": {name: counted(of) | {
-            "auroc": entry(auroc(probs[..., c], of, weights), of, ~of),
-            "auprc": entry(areas[c], of, ~of)} for c, (name, of) in enumerate(classes.items())},
+            "auroc": entry(auroc(probs[..., c], of, weights), of, ~of)}
+            for c, (name, of) in enumerate(classes.items())},
         "per_subtype": {name: counted(of) for name, of in subtypes.items()}}
 
 
@@ -152,29 +125,12 @@ def everything(predictions, *, min_count: int = 10, draws: int = 2000, seed: int
         more = further(p, arm, weights, spread, min_count)
         entry["test"]["all"] |= more.pop("whole")
         entry |= more
-        if "real" in found["arms"]:
-            was, now = (vote(p[f"test_probs_{a}"]) == p["test_labels"] for a in ("real", arm))
-            entry |= {"mended": int((now & ~was).sum()), "broken": int((was & ~now).sum())}
     return rounded(found)
 
 
 def rounded(value, digits: int = 6):
-    """The same dictionaries and lists with every float rounded."""
-    if isinstance(value, dict):
-        return {key: rounded(item, digits) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item, digits) for item in value]
-    return round(value, digits) if isinstance(value, float) else value
-
-
-def check_features(a, b, least: int) -> tuple[np.ndarray, np.ndarray]:
-    """(n, D) and (m, D) features as float64; ValueError if they do not fit or are too few."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.ndim != 2 or a.shape[1:] != b.shape[1:] or not np.isfinite(a.sum() + b.sum()):
-        raise ValueError(f"features {a.shape} and {b.shape}: expected finite (n, D) and (m, D)")
-    if min(len(a), len(b)) < least:
-        raise ValueError(f"{len(a)} and {len(b)} images are too few: at least {least} are needed")
-    return a, b
+    """The same dictionaries and lists, as json holds them, with every float rounded."""
+    return json.loads(json.dumps(value), parse_float=lambda text: round(float(text), digits))
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -182,8 +138,8 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
         |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^.5 S2 S1^.5)^.5)
 
-    Biased upwards for small n: compare at equal n. Raises ValueError unless n, m > D."""
-    a, b = check_features(a, b, np.shape(a)[-1] + 1)        # fewer: S would be singular
+    Biased upwards for small n: compare at equal n, m > D, below which S is singular."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     s1, s2 = np.atleast_2d(np.cov(a.T)), np.atleast_2d(np.cov(b.T))
     size, axes = np.linalg.eigh(s1)
     root = axes * np.sqrt(np.maximum(size, 0)) @ axes.T
@@ -204,15 +160,13 @@ def precision_recall(real, fake, k: int = 3) -> tuple[float, float]:
     def covered(points, members):
         radius = np.partition(distances(members, members), k, axis=1)[:, k]     # 0 is itself
         return float((distances(points, members) <= radius).any(1).mean())
-    real, fake = check_features(real, fake, k + 1)
+    real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
     return covered(fake, real), covered(real, fake)
 
 
 def nearest_distance(a, b, chunk: int = 512) -> tuple[np.ndarray, np.ndarray]:
     """The distance of every row of a (n, ...) to the nearest of b (m, ...), and that one's index:
     (n,) float64 and int64."""
-    if np.shape(a)[1:] != np.shape(b)[1:] or len(b) < 1:
-        raise ValueError(f"cannot compare {np.shape(a)} with {np.shape(b)}")
     a, b = (np.asarray(x, np.float64).reshape(len(x), np.prod(np.shape(b)[1:])) for x in (a, b))
     index = np.concatenate([distances(a[i:i + chunk], b).argmin(1)
                             for i in range(0, max(1, len(a)), chunk)])
@@ -255,19 +209,16 @@ def same_mixture(sets: list, seed: int) -> list[np.ndarray]:
 
 
 def generator_quality(features, votes, sets: dict, test, known: np.ndarray, seed: int, *,
-                      oracle: bool = False, unfiltered: dict | None = None) -> dict:
+                      oracle: bool = False) -> dict:
     """The "generator" of results.json: sets {name: ImageSet} beside as much of test (ImageSet).
     features(images) -> (n, D) and votes(images) -> (n,): a critic's, whom no arm uses; oracle: its
-    votes are the truth. known: all images learnt from; unfiltered: {name: (images, labels)}."""
+    votes are the truth. known: all images learnt from."""
     *chosen, index = same_mixture([*sets.values(), test], seed)
     real, found = features(test.images[index]), {}
     for (name, s), index in zip(sets.items(), chosen):
         row = found[name] = {"n": len(index)}
         if oracle and len(index):
             row["label_fidelity_oracle"] = float((votes(s.images[index]) == s.labels[index]).mean())
-        if oracle and name in (unfiltered or {}):
-            made, labels = unfiltered[name]
-            row["label_fidelity_unfiltered"] = float((votes(made) == labels).mean())
         distance = nearest(s.images, known)[0]
         row["nearest_train"] = {"all": float(np.median(distance))} | {
             s.class_names[y]: float(np.median(distance[s.labels == y]))

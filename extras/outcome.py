@@ -173,11 +173,11 @@ def end(run: Run, splits: dict, predictions: dict, made: dict, added: dict, keep
         "notes": list(splits["train"].notes), "leak": leaked_share(splits), "pseudo": pseudo,
         "jitter": {"chosen": jitter, "val_balanced_accuracy": jitter_scores}, "rounds": rounds,
         "filter": {arm: {"candidates": len(of)} | tally(of) for arm, of in rejected.items()},
-        "generator": quality(run, splits, made, added, keep, student, jitter),
+        "generator": quality(run, splits, added, keep, student, jitter),
         **measures.everything(predictions, min_count=c.evaluate.min_count, draws=c.evaluate.draws)}
     for arm, entry in results["arms"].items():
         entry["added"] = len(added.get(arm, ()))
-    pictures.draw_all(run, splits, made, keep, generator, students, first_probs, predictions,
+    pictures.draw_all(run, splits["train"], made, keep.seen, generator, students, first_probs,
                       REASONS)
     run.write("results.json", json.dumps(measures.rounded(results), indent=1) + "\n")
     report.write(run.folder)
@@ -190,7 +190,7 @@ def end(run: Run, splits: dict, predictions: dict, made: dict, added: dict, keep
     print(f"report: {run.folder / 'report.md'} and {run.folder / 'report.html'}")
 
 
-def quality(run: Run, splits: dict, made: dict, added: dict, keep, student, jitter: float) -> dict:
+def quality(run: Run, splits: dict, added: dict, keep, student, jitter: float) -> dict:
     """The generated images in the features of a critic that no arm uses, with val as the floor; on
     the phantom it learns from a further, large draw and is the oracle of the labels."""
     if not added:
@@ -201,13 +201,11 @@ def quality(run: Run, splits: dict, made: dict, added: dict, keep, student, jitt
     critic = student(run, "critic", source, classifier.balanced_weights(source.labels),
                      run.seed("critic"), jitter)
     sets = {arm: s for arm, s in added.items() if arm in ("guided", "random", "noise", "external")}
-    unfiltered = {arm: [np.concatenate([getattr(m.children, field) for m in made[arm]])
-                        for field in ("images", "labels")] for arm in sets}
     return measures.generator_quality(
         lambda x: extract_features(critic, run.tensor(x)),
         lambda x: classifier.predict(critic, run.tensor(x), run.bf16).argmax(1),
         {**sets, "real (val)": splits["val"]}, splits["test"], keep.seen.images,
-        run.seed("quality"), oracle=oracle, unfiltered=unfiltered)
+        run.seed("quality"), oracle=oracle)
 
 
 @torch.no_grad()

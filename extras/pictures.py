@@ -1,13 +1,10 @@
 """The contact sheets in a run's pictures/: which images to show beside which."""
-from functools import reduce
-
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import data
 from data import ImageSet
 from engine.run import Run, save_picture
-from evaluate import vote
 from extras import measures
 from guidance import synthesise
 
@@ -19,10 +16,10 @@ def draw(run: Run, name: str, picture, *args) -> None:
         save_picture(path, drawn)
 
 
-def draw_all(run: Run, splits: dict, made: dict, keep, generator, students: list,
-             probs: np.ndarray, predictions: dict, reasons: tuple) -> None:
+def draw_all(run: Run, train: ImageSet, made: dict, seen: ImageSet, generator, students: list,
+             probs: np.ndarray, reasons: tuple) -> None:
     """The pictures of the report but for data.png. made: candidates by arm and round."""
-    train, test, margin = splits["train"], splits["test"], data.margins(probs, splits["train"])
+    margin = data.margins(probs, train)
     draw(run, "hard", hard_cases, train, probs, margin)
     if not made.get("guided"):
         return
@@ -30,27 +27,18 @@ def draw_all(run: Run, splits: dict, made: dict, keep, generator, students: list
     draw(run, "children", children, train, m.parents, m.children.images, m.targets, m.judge,
          [reasons[i] for i in m.rejected_by])
     draw(run, "types", every_type, run, train, margin, generator, students)
-    passed = [of.children.subset(of.rejected_by == 0) for of in made["guided"]]
-    draw(run, "composition", lambda: by_class_and_group(
-        train, reduce(ImageSet.extend, passed), each=1, words=("real", "made")))
     closest = m.children.images[np.argsort(m.distance, kind="stable")[:16]]
     draw(run, "neighbours", lambda: neighbours(
-        keep.seen, closest, *measures.nearest(closest, keep.seen.images)))
-    real, guided = predictions["test_probs_real"], predictions["test_probs_guided"]
-    draw(run, "mended", mended, test, vote(real), vote(guided), data.margins(real.mean(0), test))
+        seen, closest, *measures.nearest(closest, seen.images)))
 
 
 def contact_sheet(images: np.ndarray, captions=None, columns: int = 8, scale: int = 0,
                   row_labels=None) -> Image.Image:
     """A grid of images, row by row, as one RGB picture; cells widen to the longest caption.
     images: uint8 (N, 3, H, W), N = 0 allowed; captions: N strings below them, with newlines or not;
-    columns: images a row; scale: screen pixels a pixel, 0 for a fitting one; row_labels: one string
-    a row, on its left. Raises ValueError if lengths disagree."""
+    columns: of images; scale: screen pixels a pixel, 0: a fitting one; row_labels: left of it."""
     count, rows = len(images), -(-len(images) // columns)
     captions, row_labels = captions or [""] * count, row_labels or [""] * rows
-    for name, given, wanted in (("captions", captions, count), ("row_labels", row_labels, rows)):
-        if len(given) != wanted:
-            raise ValueError(f"contact_sheet: {len(given)} {name} for {wanted}; give as many")
     font, pen = ImageFont.load_default(), ImageDraw.Draw(Image.new("RGB", (1, 1)))
 
     def measured(texts):        # and the width and height of the largest
@@ -154,14 +142,3 @@ def neighbours(train: ImageSet, images: np.ndarray, distance, nearest) -> Image.
     pairs = np.stack([images, train.images[nearest]], 1).reshape(-1, *images.shape[1:])
     return contact_sheet(pairs, [text for d in distance
                                  for text in (f"distance {d:.1f}", "nearest real")])
-
-
-def mended(test: ImageSet, before, after, margin) -> Image.Image:
-    """Test images put right and put wrong by the retraining, hardest first: before > after."""
-    names, order, cells = test.class_names, np.argsort(margin, kind="stable"), []
-    was, now = before == test.labels, after == test.labels
-    for cases in (~was & now, was & ~now):
-        chosen = order[cases[order]][:8]
-        words = [f"{names[test.labels[i]]}\n{names[before[i]]} > {names[after[i]]}" for i in chosen]
-        cells.append((test.images[chosen], words, 8))
-    return grid(cells, 8, ["mended", "broken"])

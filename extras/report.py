@@ -24,17 +24,15 @@ from extras import measures, plots
 FORMAT = 2          # of results.json
 FULL = ("accuracy", "sensitivity", "specificity", "balanced_accuracy", "auroc", "auroc_malignant")
 SHARES = ("judge_agrees", "hardness", "val_balanced_accuracy", "precision", "recall", "right",
-          "label_fidelity_oracle", "label_fidelity_unfiltered")
-WORDS = {"auroc": "AUROC", "auroc_malignant": "AUROC, malignant", "auprc": "AUPRC", "ece": "ECE",
-         "frechet": "Frechet distance", "kid": "kernel distance (KID)", "all": "all test images",
-         "hard": "hard cases, accuracy", "worst_group": "worst group"}
+          "label_fidelity_oracle")
+WORDS = {"auroc": "AUROC", "auroc_malignant": "AUROC, malignant", "frechet": "Frechet distance",
+         "all": "all test images", "hard": "hard cases, accuracy", "worst_group": "worst group"}
 LEGEND = ("p", "Percent, with the 95 % interval over test lesions and seeds in brackets; "
           f'"{plots.TOO_SMALL}": fewer lesions than evaluate.min_count.')
 CAPTIONS = {
     "children": "Parents above their children: group asked for, judge's probability, kept or not",
     "data": "Training images by class and group", "hard": "What the students get wrong",
     "types": "One lesion carried to every group",
-    "composition": "Real beside generated, and how many", "mended": "Test cases mended and broken",
     "neighbours": "Synthetic images beside their nearest training images"}
 
 
@@ -117,17 +115,17 @@ def opening(r, log, pictures) -> list:
 
 def contents(r, log, pictures) -> dict:
     kind, gaps = kind_of_group(r), ("equal_opportunity_gap", "equalised_odds_gap")
-    free = "auroc_malignant", "auprc", "ece", "sensitivity_at_90", "sensitivity_at_95"
+    free = "auroc_malignant", "sensitivity_at_90", "sensitivity_at_95"
     return {
         "Differences": differences(r),
-        f"Hard cases and worst {kind}": before_and_after(r, ("hard", "worst_group")),
+        f"Hard cases and worst {kind}": before_and_after(r),
         # a moved threshold is no learning: these have none, or one that was fixed on val
         "Without a threshold": arm_table(r, "Without a threshold, or at one fixed on val",
                                          {said(m): ("all", m) for m in free}),
         f"By {kind}": members(r, "per_group", kind, ("sensitivity", "specificity")) + arm_table(
             r, "The largest rate less the smallest; some of it is chance, so compare the arms",
             {said(m): ("all", m) for m in gaps if r["worst_group"] is not None}),
-        "By class": members(r, "per_class", "class", ("recall", "auroc", "auprc")),
+        "By class": members(r, "per_class", "class", ("recall", "auroc")),
         "By hidden subtype": members(r, "per_subtype", "subtype", ("recall",)),
         "Loss curves": losses(r, log),
         "Confusion": confusion(r),
@@ -147,16 +145,15 @@ def contents(r, log, pictures) -> dict:
         "Minutes": sheet(r, {"minutes": minutes(r, log)})}
 
 
-def before_and_after(r, subsets=("all", "hard", "worst_group")):
+def before_and_after(r):
     """The full tables of these subsets of the test images, a row an arm."""
-    worst, test = r["worst_group"], r["splits"]["test"]
-    captions = {"all": f"All test images (n = {test['images']})",
-                "hard": "Hard cases: what students of real images, none in any arm, get wrong; any "
+    captions = {"hard": "Hard cases: what students of real images, none in any arm, get wrong; any "
                         f"change of training mends a few (n = {r['hard']['n']})"}
-    if worst is not None:
-        captions["worst_group"] = f"Worst {kind_of_group(r)}: {worst} (n = {test['groups'][worst]})"
-    return [*(table for subset in subsets if subset in captions for table in arm_table(
-        r, captions[subset], {said(m): (subset, m) for m in FULL})), LEGEND]
+    if (worst := r["worst_group"]) is not None:
+        size = r["splits"]["test"]["groups"][worst]
+        captions["worst_group"] = f"Worst {kind_of_group(r)}: {worst} (n = {size})"
+    return [*(table for subset, caption in captions.items() for table in arm_table(
+        r, caption, {said(m): (subset, m) for m in FULL})), LEGEND]
 
 
 def arm_table(r, caption, columns, counts=()):
@@ -185,23 +182,7 @@ def differences(r):
     return [("p", "Balanced accuracy (on the hard cases accuracy) in percentage points, paired "
              "over the same test lesions and seeds. The interval of a hollow mark holds zero."),
             *forest(r, "hard", "Difference of accuracy, hard cases"),
-            ("table", "", ["comparison", *map(said, subsets)], rows), *mining(r)] if rows else []
-
-
-def mining(r):
-    """Whether it was worth looking for what the students get wrong, in one sentence."""
-    c, row = r["config"]["guidance"], compared(r, "all").get("guided minus random")
-    what = ["Starting from hard cases"] * (c["targets"] == "hard")
-    if c["objectives"]["hardness"]:
-        what.append("guiding toward hardness" if what else
-                    "Guiding toward hardness (nothing was mined)")
-    if row is None or row["value"] is None or not what:
-        return []
-    says = ("did harm" if row["high"] < 0 else "earned its place" if row["low"] > 0 else
-            "brought no gain that chance does not explain")
-    return [("p", f"{' and '.join(what)} {says} on this draw of the data: {interval(row, '+')} "
-             "points of balanced accuracy over arm random, which has as many images of the same "
-             "cells, from random cases and without hardness guidance.")]
+            ("table", "", ["comparison", *map(said, subsets)], rows)] if rows else []
 
 
 def members(r, key, kind, metrics):
@@ -229,13 +210,10 @@ def losses(r, log):
 
 def confusion(r):
     classes = list(r["splits"]["test"]["classes"])
-    tables = [("table", f"{shown(r, arm)}: a row for each true class", ["", *classes], [
+    return [("table", f"{shown(r, arm)}: a row for each true class", ["", *classes], [
         [name, *(f"{n} [{100 * n / (sum(row) or 1):.0f} %]" for n in row)]
         for name, row in zip(classes, r["arms"][arm]["confusion"])])
         for arm in filter(r["arms"].get, ("real", "guided"))]
-    return tables + arm_table(
-        r, "Mended: wrong with real, right with this arm; broken: the reverse", {},
-        ("mended", "broken") if "real" in r["arms"] else ())
 
 
 def minutes(r, log):

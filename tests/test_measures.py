@@ -15,49 +15,13 @@ ONE = np.ones((10_000, 1))      # weights of the sample itself
 
 # ---- metrics ---------------------------------------------------------------------------------
 
-def test_auprc_is_the_sum_over_thresholds():
-    rng = np.random.default_rng(3)
-    for n in (6, 30, 80):
-        scores, positive = rng.integers(0, 9, n) / 9, rng.random(n) < 0.3
-        positive[0] = True
-        area, recall_before = 0.0, 0.0
-        for t in sorted(set(scores), reverse=True):
-            taken = scores >= t
-            recall = (taken & positive).sum() / positive.sum()
-            area += (recall - recall_before) * (taken & positive).sum() / taken.sum()
-            recall_before = recall
-        assert measures.auprc(scores, positive, ONE[:n]) == pytest.approx(area, abs=1e-12)
-    # right, wrong, right, wrong: recall steps at precision 1 and 2/3
-    alternating = np.array([True, False, True, False])
-    scores = np.array([[.9, .8, .7, .6], [.6, .7, .8, .9]])
-    assert measures.auprc(scores, alternating, ONE[:4]) == pytest.approx(
-        np.array([[5 / 6], [(1 / 2 + 2 / 4) / 2]]))
-
-
-@pytest.mark.parametrize("area", [evaluate.auroc, measures.auprc])
-def test_a_weighted_area_is_that_of_repeated_data(area):
+def test_a_weighted_area_is_that_of_repeated_data():
     rng = np.random.default_rng(2)
     scores, positive = rng.integers(0, 10, 60) / 10, rng.random(60) < 0.5
     weights = rng.integers(0, 4, (60, 25))
-    for column, found in zip(weights.T, area(scores, positive, weights.astype(float))):
-        assert found == pytest.approx(area(np.repeat(scores, column), np.repeat(positive, column),
-                                           ONE[:column.sum()])[0], abs=1e-12)
-
-
-def test_calibration_error_by_hand():
-    # bin (.6, .667]: .61, .66, one of two right: |.5 - .635|; bin (.933, 1]: 1, 1, both right: 0;
-    # bin (.867, .933]: .9, wrong: .9. Weighted by 2/5, 2/5, 1/5.
-    top = np.array([.61, .66, 1.0, 1.0, .9])
-    probs = np.stack([top, 1 - top], 1)
-    labels = np.array([0, 1, 0, 0, 1])
-    ece = measures.expected_calibration_error
-    assert ece(probs, labels, ONE[:5]) == pytest.approx(.4 * .135 + .2 * .9)
-    # two errors of opposite sign cancel in one bin but not in fifteen
-    assert ece(probs, labels, ONE[:5], bins=1) == pytest.approx(abs(3 / 5 - .834))
-    # a weight of 2 is an image twice; of 0, none
-    again = np.array([0, 0, 1, 4, 4])
-    weights = np.array([2, 1, 0, 0, 2.])[:, None]
-    assert ece(probs[None], labels, weights)[0] == ece(probs[again], labels[again], ONE[:5])
+    for column, found in zip(weights.T, evaluate.auroc(scores, positive, weights.astype(float))):
+        again = np.repeat(scores, column), np.repeat(positive, column), ONE[:column.sum()]
+        assert found == pytest.approx(evaluate.auroc(*again)[0], abs=1e-12)
 
 
 def test_threshold_spares_the_asked_share_of_the_benign_and_no_more():
@@ -100,8 +64,8 @@ def test_everything_is_the_score_and_more_rounded():
         for subset, found in measures.rounded(entry["test"]).items():
             assert found.items() <= s["arms"][arm]["test"][subset].items()
             assert (len(s["arms"][arm]["test"][subset]) > 6) == (subset == "all")
-    nested = {"a": [0.12345678, {"b": (0.5, 1)}], "n": 3, "s": "x", "none": None}
-    assert measures.rounded(nested) == {**nested, "a": [0.123457, {"b": (0.5, 1)}]}
+    nested = {"a": [0.12345678, {"b": [0.5, 1]}], "n": 3, "s": "x", "none": None}
+    assert measures.rounded(nested) == {**nested, "a": [0.123457, {"b": [0.5, 1]}]}
     assert measures.rounded([np.float64(1 / 3)], 2) == [.33]
 
 
@@ -109,13 +73,10 @@ def test_the_votes_and_subtypes_of_an_arm_by_hand():
     p = predictions(gain={"guided": 1.0})
     s = measures.everything(p, draws=50)
     guided, labels = s["arms"]["guided"], p["test_labels"]
-    votes, before = (p[f"test_probs_{a}"].mean(0).argmax(1) for a in ("guided", "real"))
+    votes = p["test_probs_guided"].mean(0).argmax(1)
     for true in range(4):
         for said in range(4):
             assert guided["confusion"][true][said] == ((labels == true) & (votes == said)).sum()
-    assert guided["mended"] == ((before != labels) & (votes == labels)).sum() > 0
-    assert guided["broken"] == ((before == labels) & (votes != labels)).sum()
-    assert s["arms"]["real"]["mended"] == s["arms"]["real"]["broken"] == 0
     of = p["test_subtypes"] == 1
     recall = (p["test_probs_guided"].argmax(2) == labels)[:, of].mean()
     assert guided["per_subtype"]["s1"]["recall"]["value"] == pytest.approx(recall, abs=1e-6)
@@ -140,11 +101,10 @@ def test_every_class_has_its_interval():
                 "auroc": np.mean([pairs_won(probs[:, c], of) for probs in p["test_probs_guided"]])}
         for key, value in each.items():
             assert cell[key]["value"] == pytest.approx(value, abs=1e-6)
-        for key in ("recall", "auroc", "auprc"):
+        for key in ("recall", "auroc"):
             assert cell[key]["low"] <= cell[key]["value"] <= cell[key]["high"]
-    for key in ("auroc", "auprc"):
-        assert s["test"]["all"][key]["value"] == pytest.approx(
-            np.mean([cell[key]["value"] for cell in s["per_class"].values()]), abs=1e-6)
+    assert s["test"]["all"]["auroc"]["value"] == pytest.approx(
+        np.mean([cell["auroc"]["value"] for cell in s["per_class"].values()]), abs=1e-6)
 
 
 def test_sensitivity_at_a_threshold_of_val_sums_the_malignant_classes():
@@ -173,11 +133,11 @@ def test_small_cells_have_no_interval():
     assert guided["per_group"]["g1"] == {"n": 5, "sensitivity": NONE, "specificity": NONE}
     assert guided["per_group"]["g2"]["n"] == 0
     assert guided["per_subtype"]["s1"]["recall"] == NONE and guided["per_subtype"]["s1"]["n"] > 10
-    assert guided["per_class"]["bcc"] == {"n": 0, "recall": NONE, "auroc": NONE, "auprc": NONE}
+    assert guided["per_class"]["bcc"] == {"n": 0, "recall": NONE, "auroc": NONE}
     assert guided["test"]["all"]["equal_opportunity_gap"] == NONE       # one group is left
     p["test_labels"] = np.where(np.arange(160) < 5, 0, 3)
     mel = measures.everything(p, draws=50)["arms"]["guided"]["per_class"]["mel"]
-    assert mel["recall"]["value"] > 0 and mel["auroc"] == mel["auprc"] == NONE  # 5 are others
+    assert mel["recall"]["value"] > 0 and mel["auroc"] == NONE  # 5 are others
 
 
 def test_gaps_between_groups_by_hand():
@@ -211,7 +171,6 @@ def test_everything_takes_any_arms(arms, seeds, groups, subtypes):
     s = measures.everything(predictions(arms, 60, seeds, groups, subtypes), draws=30)
     json.dumps(s, allow_nan=False)
     assert list(s["arms"]) == list(arms)
-    assert ("mended" in s["arms"][arms[-1]]) == ("real" in arms)
 
 
 @pytest.mark.parametrize("change, words", [
@@ -262,11 +221,6 @@ def test_frechet_distance_of_gaussians():
     closed = ((m1 - m2)**2).sum() + np.trace(s1) + np.trace(s2) - 2 * trace
     assert measures.frechet_distance(a, b) == pytest.approx(closed, abs=1e-8)
     assert measures.frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
-    with pytest.raises(ValueError, match="too few: at least 4"):
-        measures.frechet_distance(a[:3], b)
-    for bad in (b[:, :2], b * np.nan, b[None]):
-        with pytest.raises(ValueError, match="expected finite"):
-            measures.frechet_distance(a, bad)
 
 
 def test_precision_and_recall_with_known_answers():
@@ -280,8 +234,6 @@ def test_precision_and_recall_with_known_answers():
     # 9, 8, 7, 9, so 2..9 of the reals are reached by 11, and nothing below
     fake = np.array([[11.], [12.], [13.], [20.]])
     assert measures.precision_recall(line, fake) == (.5, .8)
-    with pytest.raises(ValueError, match="too few"):
-        measures.precision_recall(line[:3], line)
 
 
 def test_nearest_distance_by_brute_force():
@@ -296,9 +248,6 @@ def test_nearest_distance_by_brute_force():
     distance, index = measures.nearest_distance(images[::-1], images)
     assert (distance == 0).all() and index.tolist() == [5, 4, 3, 2, 1, 0]
     assert [len(found) for found in measures.nearest_distance(a[:0], b)] == [0, 0]
-    for bad in (b[:, :1], b[:0]):
-        with pytest.raises(ValueError, match="cannot compare"):
-            measures.nearest_distance(a, bad)
 
 
 def test_distances_between_thumbnails_are_grey_levels():
@@ -354,12 +303,9 @@ def test_the_quality_of_a_generator_that_copies_and_of_one_that_does_not():
         known = {image.tobytes(): y for image, y in zip(copies.images, copies.labels)}
         return np.array([known.get(image.tobytes(), 0) for image in images])
     sets = {"guided": copies, "real (val)": val}
-    half = (copies.images[:200], np.where(np.arange(200) < 50, 9, copies.labels[:200]))
-    found = measures.generator_quality(features, votes, sets, test, train.images, 5, oracle=True,
-                                       unfiltered={"guided": half})
+    found = measures.generator_quality(features, votes, sets, test, train.images, 5, oracle=True)
     guided, real = found["guided"], found["real (val)"]
-    assert guided["label_fidelity_oracle"] == 1 and guided["label_fidelity_unfiltered"] == .75
-    assert real["label_fidelity_oracle"] < .5 and "label_fidelity_unfiltered" not in real
+    assert guided["label_fidelity_oracle"] == 1 and real["label_fidelity_oracle"] < .5
     assert set(guided["nearest_train"]) == {"all", *CLASSES}
     assert max(guided["nearest_train"].values()) < 1e-3 < 30 < min(real["nearest_train"].values())
     *chosen, of_test = measures.same_mixture([copies, val, test], 5)
