@@ -70,10 +70,11 @@ def main() -> int:
             shutil.rmtree(folder, ignore_errors=True)   # killed before there was anything to resume
             rounds += 1
         process = start(["--resume", str(folder)] if begun.exists() else ["--config", config])
-        limit = time.monotonic() + rng.uniform(0, 0.4 * seconds)
-        writing = rng.random() < 0.5
+        # Far enough to finish a stage now and then: a training is saved every 30 seconds only.
+        limit = time.monotonic() + rng.uniform(0, 0.8 * seconds)
+        writing, left = rng.random() < 0.5, set(folder.rglob("*.tmp"))
         while process.poll() is None and (time.monotonic() < limit or writing):
-            if time.monotonic() >= limit and any(folder.rglob("*.tmp")):
+            if time.monotonic() >= limit and set(folder.rglob("*.tmp")) - left:
                 break
             time.sleep(0.0005 if time.monotonic() >= limit else 0.05)
         process.send_signal(signal.SIGKILL)

@@ -91,6 +91,9 @@ def matched(names, wanted: list[str]) -> np.ndarray:
     return np.array([lower.index(n.lower()) if n.lower() in lower else -1 for n in names], np.int64)
 
 
+ALL = {report.said(metric): ("all", metric) for metric in report.FULL}
+
+
 def told(found: dict) -> str:
     """What `score_on` found, as text: who was left out, then the tables with their intervals."""
     unmapped = ", ".join(f"{name} {count}" for name, count in found["unmapped"].items())
@@ -98,7 +101,8 @@ def told(found: dict) -> str:
             f"of {found['run']}; left out: {found['learnt_from']} that the run learnt or chose "
             f"from, and the classes that it does not know: {unmapped or 'none'}; its classes "
             f"without an image there: {', '.join(found['absent']) or 'none'}\n\n"
-            + report.markdown(report.before_and_after(found)))
+            + report.markdown([*report.arm_table(found, "All of them", ALL),
+                               *report.before_and_after(found)]))
 
 
 def main(argv: list[str] | None = None) -> int:

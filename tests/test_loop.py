@@ -44,7 +44,7 @@ def test_the_run_folder_holds_what_it_should(tiny):
     for arm in results["arms"].values():
         assert arm["seeds"] == 2 and not arm["optimistic"]
         assert {"accuracy", "sensitivity", "specificity", "balanced_accuracy", "auroc",
-                "ece"} <= set(arm["test"]["all"])
+                "sensitivity_at_90"} <= set(arm["test"]["all"])
         assert set(arm["test"]) == {"all", "hard", "worst_group"}
         assert len(arm["per_class"]) == 4 and len(arm["per_group"]) == 6
     assert results["splits"]["train"]["images"] == 160 and len(results["rounds"]) == 1
