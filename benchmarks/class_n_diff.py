@@ -242,8 +242,8 @@ def main() -> None:
                 {"config": settings, "environment": environment(plain.run),
                  "seeds": found}, indent=1) + "\n").encode())
             if seed == 0:
-                save_picture(path.with_suffix(".png"), pictures.rows(
-                    [images.images[:24] for images in made.values()], list(made)))
+                save_picture(path.with_suffix(".png"), pictures.grid(
+                    [(images.images[:24], [], 24) for images in made.values()], 24, list(made)))
         text = told([found[str(seed)] for seed in range(arguments.seeds)])
         print(text)
         write_bytes(path.with_suffix(".md"), text.encode())
