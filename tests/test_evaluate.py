@@ -175,7 +175,7 @@ SPREADS = {  # by lesion, image, whole seed, seed x lesion, arm x lesion
     "arms differ by lesion": (1, .5, 0, .1, .8), "whole seeds differ": (1, .5, .15, .3, .3)}
 
 
-def coverage(spread, seeds, runs=800, lesions=100, draws=250, whole=True):
+def coverage(spread, seeds, runs=500, lesions=100, draws=250, whole=True):
     """How often the 95 % interval holds the true difference, over that many simulated studies."""
     rng, inside = np.random.default_rng(11), 0
     for _ in range(runs):
