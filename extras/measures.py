@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
+import data
 from evaluate import auroc, interval, lesion_weights, mean_known, score, seed_spread, share, vote
 
 THRESHOLDS = {"sensitivity_at_90": 0.90, "sensitivity_at_95": 0.95}     # name: specificity on val
@@ -201,8 +202,7 @@ def same_mixture(sets: list, seed: int) -> list[np.ndarray]:
     """Indices into each set so that all have as many images of every class x group cell; of every
     class alone if one knows no groups, as images made elsewhere may."""
     rng, grouped = np.random.default_rng(seed), all((s.groups >= 0).any() for s in sets)
-    cells = [s.labels * (len(s.group_names) + 1) + s.groups + 1 if grouped else s.labels
-             for s in sets]
+    cells = [data.cells(s) if grouped else s.labels for s in sets]
     fewest = {cell: min((of == cell).sum() for of in cells) for cell in np.unique(cells[0])}
     return [np.concatenate([rng.permutation(np.flatnonzero(of == cell))[:n]
                             for cell, n in fewest.items()]).astype(int) for of in cells]
@@ -228,4 +228,4 @@ def generator_quality(features, votes, sets: dict, test, known: np.ndarray, seed
             own = features(s.images[index])
             row["frechet"] = frechet_distance(real, own)
             row["precision"], row["recall"] = precision_recall(real, own)
-    return rounded(found)
+    return found

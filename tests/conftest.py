@@ -3,7 +3,10 @@ from pathlib import Path
 
 import pytest
 
+import data
 import loop
+from engine import config as configuration
+from engine.run import Run
 
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
 SMALL = f"""extends: {TINY}
@@ -36,3 +39,30 @@ def new(where: Path, *overrides, status=0):
 def tiny(tmp_path_factory):
     """An unbroken small run of five arms."""
     return new(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "small.yaml"
+    path.write_text(SMALL)
+    return configuration.load(path)
+
+
+@pytest.fixture(scope="module")
+def splits(config):
+    return data.load(config.data)
+
+
+@pytest.fixture
+def train(splits):
+    return splits["train"]
+
+
+@pytest.fixture
+def run(config, tmp_path):
+    return Run(tmp_path, config)
+
+
+def set_to(run, section, **values):
+    """The same run with other settings."""
+    return Run(run.folder, run.config.replace(section, **values))

@@ -1,7 +1,6 @@
 """classifier.py: the published ResNet-18's shape, plain functions on its weights, numpy, toys."""
 import copy
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ import classifier
 from classifier import ResNet, balanced_weights, build, predict
 from engine.augment import random_shift, random_turn, to_float
 from engine.training import seeded
-from extras.networks import load_published
 from extras.outcome import extract_features
 from oracle import normal as drawn_normal
 
@@ -75,49 +73,6 @@ def test_the_published_names_shapes_and_counts(name):
     found = {name: tuple(v.shape) for name, v in network.state_dict().items()}
     assert found == published(name)
     assert sum(p.numel() for p in network.parameters()) == COUNTS[name]
-
-
-def weights(name):
-    """A state dict of the published form, drawn at random."""
-    drawn = {key: normal(*shape, seed=i).div(math.prod(shape[1:]) ** 0.5 or 1)
-             for i, (key, shape) in enumerate(published(name).items())}
-    return {key: value.abs() + 0.5 if key.endswith("var") else value
-            for key, value in drawn.items()}
-
-
-@pytest.mark.parametrize("name, levels", [("resnet18", 50), ("resnet50", 0)])
-def test_published_weights_are_loaded_and_compute_what_they_should(tmp_path, name, levels):
-    given = {key: value for key, value in weights(name).items() if not key.endswith("tracked")}
-    torch.save(given, tmp_path / "w.pth")                    # older files have no counters
-    network = seeded(1, build, name, 32, 4, levels, published=True).eval()
-    last = network.fc.weight.clone()
-    load_published(network, str(tmp_path / "w.pth"))
-    state = network.state_dict()
-    assert all(torch.equal(state[key], given[key]) for key in given if not key.startswith("fc"))
-    assert torch.equal(network.fc.weight, last) and len(last) == 4
-    x, t = normal(2, 3, 32, 32).clamp(-1, 1), torch.tensor([3, 40]) if levels else None
-    rgb = (x + 1) / 2                                        # the published networks' inputs
-    rgb = torch.stack([(rgb[:, 0] - 0.485) / 0.229, (rgb[:, 1] - 0.456) / 0.224,
-                       (rgb[:, 2] - 0.406) / 0.225], 1)
-    found, wanted = network(x, t), plain(state, rgb, t, levels, pool=True)
-    assert wanted.std() > 0.1 and torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("content, words", [
-    (b"no pickle", "w.pth is no state dict"), ({"epoch": 3}, "w.pth is no state dict"),
-    (Path("x"), "w.pth is no state dict"), (None, "No such file"),
-    ({"conv1.weight": torch.zeros(64, 3, 3, 3)},
-     r"100 keys differ .* conv1.weight is \(64, 3, 3, 3\), wanted \(64, 3, 7, 7\); bn1.weight is "
-     r"absent, wanted \(64,\)"), ("resnet34", "80 keys differ .* layer1.2.conv1.weight")])
-def test_a_wrong_file_of_weights_is_told_in_one_line(tmp_path, content, words):
-    path = tmp_path / "w.pth"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        torch.save(weights(content) if content == "resnet34" else content, path)
-    with pytest.raises(ValueError, match=words) as error:
-        load_published(build("resnet18", 64, 4, published=True), str(path))
-    assert "\n" not in str(error.value)
 
 
 def test_build_chooses_by_size():

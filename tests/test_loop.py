@@ -13,7 +13,7 @@ from torch import nn
 import data
 import ddpm
 import loop
-from conftest import SMALL, new
+from conftest import SMALL, new, set_to
 from datasets import phantom
 from engine import config as configuration
 from engine.augment import to_float
@@ -230,33 +230,6 @@ def test_an_arm_that_has_no_images_ends_the_run_in_one_line(child, more_arms, tm
 
 
 # ---- parts ---------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    path = tmp_path_factory.mktemp("config") / "small.yaml"
-    path.write_text(SMALL)
-    return configuration.load(path)
-
-
-@pytest.fixture(scope="module")
-def splits(config):
-    return data.load(config.data)
-
-
-@pytest.fixture
-def train(splits):
-    return splits["train"]
-
-
-@pytest.fixture
-def run(config, tmp_path):
-    return Run(tmp_path, config)
-
-
-def set_to(run, section, **values):
-    """The same run with other settings."""
-    return Run(run.folder, run.config.replace(section, **values))
-
 
 @pytest.fixture
 def generator(run, train):

@@ -8,10 +8,8 @@ import pytest
 import torch
 
 import classifier
-import data
 import loop
-from conftest import SMALL, new
-from engine import config as configuration
+from conftest import new, set_to
 from engine.config import ConfigError
 from engine.run import Run
 from engine.training import seeded
@@ -27,21 +25,6 @@ def weights(name):
              for i, (key, shape) in enumerate(published(name).items())}
     return {key: value.abs() + 0.5 if key.endswith("var") else value
             for key, value in drawn.items()}
-
-
-@pytest.fixture
-def run(tmp_path):
-    (tmp_path / "small.yaml").write_text(SMALL)
-    return Run(tmp_path, configuration.load(tmp_path / "small.yaml"))
-
-
-def set_to(run, section, **values):
-    return Run(run.folder, run.config.replace(section, **values))
-
-
-@pytest.fixture
-def splits(run):
-    return data.load(run.config.data)
 
 
 @pytest.mark.parametrize("name, levels", [("resnet18", 50), ("resnet50", 0)])

@@ -4,36 +4,20 @@ import json
 from dataclasses import replace
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
 import classifier
 import data
 import loop
-from conftest import SMALL
+from conftest import set_to
 from datasets import phantom
 from engine import config as configuration
 from engine.augment import to_float
-from engine.run import Run, locked
+from engine.run import locked
 from engine.training import seeded
 from extras import outcome, report
 from test_data import made as made_up
-
-
-@pytest.fixture
-def run(tmp_path):
-    (tmp_path / "small.yaml").write_text(SMALL)
-    return Run(tmp_path, configuration.load(tmp_path / "small.yaml"))
-
-
-def set_to(run, section, **values):
-    return Run(run.folder, run.config.replace(section, **values))
-
-
-@pytest.fixture
-def splits(run):
-    return data.load(run.config.data)
 
 
 # ---- the data ------------------------------------------------------------------------------------
