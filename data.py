@@ -180,6 +180,15 @@ def by_turns(queues: list[np.ndarray], joined=None) -> np.ndarray:
     return np.argsort(np.concatenate(turn), kind="stable")
 
 
+def least_of_each(cells: list[np.ndarray], size: int, most: int):
+    """(size,) counts: of every cell as many as the set with fewest of it has. Where that is over
+    `most`, cells take turns. cells: each set's images by cell, (n,) in 0..size - 1."""
+    counts = [np.bincount(of, minlength=size) for of in cells]
+    turns = [np.full(n, cell) for cell, n in enumerate(np.min(counts, 0))]
+    chosen = np.concatenate(turns)[by_turns(turns)][:most]
+    return np.bincount(chosen, minlength=size)
+
+
 def hard_parents(pool: np.ndarray, images: ImageSet,
                  count: int, seed: int) -> np.ndarray:
     """`count` parents, or as many as there are, among the images at the indices `pool`.

@@ -9,7 +9,6 @@ back what an earlier attempt has finished.
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -24,9 +23,9 @@ from engine.command import launch
 from engine.run import Progress, Run, fingerprint
 from extras import (estimate, external, few_labels,
                     measures, networks, outcome)
-from extras.children import (Kit, copied, from_model, from_noise,
-                             make_kit, recoloured)
-from extras.outcome import REASONS
+from extras.children import (
+    REASONS, Candidates, Kit, children_of, children_used, copied,
+    from_model, from_noise, kept, make_kit, recoloured)
 from guidance import OBJECTIVES
 
 
@@ -36,22 +35,25 @@ class Arm(NamedTuple):
     parents: str = "hard"           # hard, random (of the same cells), external, test
     hardness: bool = False          # steered toward what the students find hard, too
     real: str = "all"               # labels: no pseudo-labels; cells: these, even over groups
-    copies: bool = False            # near-copies of training images are meant
+    filtered: bool = True           # False: photographs, whose label is true by construction
 
 
 ARMS = {
     "real":     Arm(real="labels"),                     # before
     "balanced": Arm(real="cells"),
     "pseudo":   Arm(),                                  # needs data.labelled below 1
-    "replay":   Arm(copied, copies=True),               # the hard cases again
-    "recolour": Arm(recoloured, copies=True),           # the sceptic's arm
+    "replay":   Arm(copied, filtered=False),            # the hard cases again
+    "recolour": Arm(recoloured, filtered=False),        # the sceptic's arm
+    "recolour_random": Arm(recoloured, parents="random", filtered=False),
     "noise":    Arm(from_noise),
+    "noise_hard": Arm(from_noise, hardness=True),       # arXiv 2310.00158
     "external": Arm(copied, parents="external"),        # made elsewhere
     "random":   Arm(from_model, parents="random"),      # no mining, no hardness
     "guided":   Arm(from_model, hardness=True),         # after
     "leaked":   Arm(from_model, parents="test", hardness=True),     # for show
 }
 PLAIN = {None, copied, recoloured}     # all others want the diffusion model
+OURS = "hard", "random"                 # parents of train itself
 
 
 # ---- the experiment --------------------------------------------------------------------------
@@ -66,8 +68,8 @@ def experiment(run: Run) -> None:
     run.fingerprint = fingerprint(c, splits)
     arms = outcome.begin(run, splits, ARMS)
     makers = {name: arm for name, arm in arms.items() if arm.child}
-    drawing = {arm.child for arm in arms.values()} - PLAIN
-    estimate.tell(run, splits["train"], arms, bool(drawing))
+    drawing = [a for a in arms.values() if a.child not in PLAIN]
+    estimate.tell(run, splits["train"], len(arms), len(drawing))
 
     # 2. Val chooses the strength of colour jitter, for all students.
     jitter, scores = networks.choose_jitter(run, splits, student, predict)
@@ -85,10 +87,10 @@ def experiment(run: Run) -> None:
     keep = Filter(run, judge, seen, splits)
 
     # 5. A round: mine what fails for students that never saw it, make children, filter them.
-    count = max(1, round(c.loop.added * len(train)))
+    count = round(c.loop.added * len(train) / c.loop.rounds) or 1
     made, rounds = {name: [] for name in makers}, []
     for number in range(1, c.loop.rounds + 1):
-        synthetic = outcome.kept(made.get("guided", []), count)
+        synthetic = kept(made.get("guided"), count)
         students, probs = cross_fit(run, number, train, synthetic, jitter)
         if number == 1:
             first = students, probs
@@ -100,9 +102,10 @@ def experiment(run: Run) -> None:
             kit = make_kit(run, name, number, train, generator, students)
             parents = parents_for(kit, arm, mined, splits, first[0])
             made[name].append(make(kit, arm, keep, *parents))
-        rounds.append(outcome.of_round(run, number, splits, probs, count,
-                                       students, made, student, mixed, jitter))
-    added = as_many_each(makers, made, count * c.loop.rounds)
+        rounds.append(outcome.of_round(run, train, probs, students, made))
+    most = count * c.loop.rounds
+    used = as_many_each(makers, made, most) if makers else {}
+    added = children_used(made, used)
 
     # 6. Retrain: each arm from the same starts, as long, with as many added images. Then test.
     finals = {}
@@ -112,8 +115,8 @@ def experiment(run: Run) -> None:
                                 run.seed("student", s), jitter)
                         for s in range(c.loop.seeds)]
     arrays = outcome.predict(run, splits, finals, first[0], predict)
-    outcome.end(run, splits, arrays, made, added, keep, generator,
-                students, first[1], student, jitter,
+    outcome.end(run, splits, arrays, made, used, keep, generator,
+                students, first[1], student, mixed, jitter,
                 rounds=rounds, jitter_scores=scores, pseudo=guesses)
 
 
@@ -213,17 +216,6 @@ def parents_for(kit: Kit, arm: Arm, mined, splits: dict, students):
     return source, *mine(kit.run, source, probs, len(hard), None, "leak")
 
 
-class Candidates(NamedTuple):
-    """One arm's children of a round, and what the filter said of each, (N,)."""
-    children: ImageSet          # in their parents' folds, of the groups asked for
-    parents: np.ndarray         # index into their source
-    targets: np.ndarray         # the group asked for, -1 where there are none
-    judge: np.ndarray           # the judge's probability of the class
-    distance: np.ndarray        # to the nearest image seen, in grey levels
-    rejected_by: np.ndarray     # index into REASONS
-    nonfinite_gradients: int
-
-
 def make(kit: Kit, arm: Arm, keep: "Filter", source: ImageSet,
          chosen: np.ndarray, targets: np.ndarray) -> Candidates:
     """A child of each of source[chosen], and what the filter says of it: every arm's images."""
@@ -239,13 +231,14 @@ def make(kit: Kit, arm: Arm, keep: "Filter", source: ImageSet,
 
 
 class Filter:
-    """The judge must agree with the label; near-copies of images seen are dropped, unless meant."""
+    """For what was generated: the judge must agree with the label, near-copies are dropped."""
 
     def __init__(self, run: Run, judge: nn.Module,
                  seen: ImageSet, splits: dict):
         self.run, self.judge, self.seen = run, judge, seen
         val, test = splits["val"].images, splits["test"].images
-        self.every = np.concatenate([seen.images, val, test])
+        every = [seen.images, val, test]    # a maker elsewhere may know
+        self.known = {"external": np.concatenate(every)}
         # Nearer to a training image than nearly every unseen one is.
         distance, _ = measures.nearest(val, seen.images)
         self.too_near = float(np.quantile(distance, 0.01))
@@ -253,40 +246,45 @@ class Filter:
     def __call__(self, arm: Arm, children: ImageSet, finite):
         """(judge, distance, rejected_by), (N,) each: see Candidates."""
         probs = predict(self.run, self.judge, children.images)
-        known = self.seen.images        # a maker elsewhere may know val and test
-        known = self.every if arm.parents == "external" else known
+        known = self.known.get(arm.parents, self.seen.images)
         distance, _ = measures.nearest(children.images, known)
         why = np.zeros(len(children), np.int64)
-        if not arm.copies:
+        if arm.filtered:
             why[distance < self.too_near] = REASONS.index("copy")
-        why[probs.argmax(1) != children.labels] = REASONS.index("judge")
-        finite = np.broadcast_to(finite, why.shape)
-        why[~finite] = REASONS.index("nonfinite")
+            why[probs.argmax(1) != children.labels] = REASONS.index("judge")
+            finite = np.broadcast_to(finite, why.shape)
+            why[~finite] = REASONS.index("nonfinite")
         return probs[np.arange(len(why)), children.labels], distance, why
 
 
 def as_many_each(makers: dict, made: dict, most: int) -> dict:
-    """What each arm adds: as many images in all of them, in the order they were made in."""
-    passed = {name: np.concatenate([m.rejected_by == 0 for m in made[name]])
-              for name in makers}
-    empty = ", ".join(name for name in passed if not passed[name].any())
-    # Children of the same parents stay together: those that passed in all.
-    alike = [name for name, arm in makers.items()
-             if arm.parents == "hard" and arm.child is not from_noise]
-    for name in alike:
-        passed[name] = np.all([passed[n] for n in alike], axis=0)
-    fair = [passed[name].sum() for name in passed if name != "leaked"]
-    count = min([most, *fair])
-    if empty or count == 0:
-        raise DataError(f"the filter left no image for {empty or alike}: raise "
-                        "ddpm.steps or lower guidance.objectives")
-    if count < most:
-        print(f"every arm adds {count} of {most} images (loop.surplus)")
-    added = {}
-    for name, of in passed.items():
-        children = reduce(ImageSet.extend, [m.children for m in made[name]])
-        added[name] = children.subset(np.flatnonzero(of)[:count])
-    return added
+    """Which children each arm adds, {name: index into children_of}: of every class x group cell as
+    many in all arms, the first that passed. Of others' images as many of every class."""
+    passed, cells, used = {}, {}, {}
+    for name in makers:
+        children = children_of(made[name])
+        why = [m.rejected_by for m in made[name]]
+        passed[name] = np.flatnonzero(np.concatenate(why) == 0)
+        cells[name] = data.cells(children)[passed[name]]
+    groups = 1 + len(children.group_names)
+    ours = [a for a in makers if makers[a].parents in OURS]
+    kinds = [cells[name] for name in ours or makers]
+    size = len(children.class_names) * groups
+    quota = data.least_of_each(kinds, size, most)
+    empty = [a for a in makers if not len(passed[a])]
+    if empty or not quota.any():
+        raise DataError(f"no image passed the filter: {empty or ours}; "
+                        "raise ddpm.steps")
+    print(f"every arm adds {quota.sum()} of {most} images")
+
+    for name, index in passed.items():
+        kinds, wanted = cells[name], quota
+        if name not in ours:            # of a class, whatever the group
+            kinds = kinds // groups
+            wanted = quota.reshape(-1, groups).sum(1)
+        some = [index[kinds == k][:n] for k, n in enumerate(wanted)]
+        used[name] = np.sort(np.concatenate(some))
+    return used
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,7 @@ images as ever; the generator is trained on the same ones.
         --set data.root=PATH --set loop.added=0.5 --set loop.seeds=5
 
 Writes runs/survey_NAME.md and .svg (survey_NAME_labels): gains over the best cheap control, the one
-with the highest balanced accuracy on test. One that was stopped goes on where it was. Its runs hold
+with the highest balanced accuracy on val. One that was stopped goes on where it was. Its runs hold
 predictions.npz and no report of their own.
 Perfect generators, held to the same count, weight, classes and skin types as arm `guided`:
 
@@ -102,13 +102,13 @@ def walked(run: Run, splits: dict, arms: dict, seen, jitter: float):
     every arm adds."""
     c, train = run.config.loop, splits["train"]
     makers = {name: arm for name, arm in arms.items() if arm.child}
-    made, count = {name: [] for name in makers}, max(1, round(c.added * len(train)))
+    made, count = {name: [] for name in makers}, round(c.added * len(train) / c.rounds) or 1
     weights = loop.mixed(run, train)[1]
     generator = networks.train_generator(run, train, seen, weights)
     judge = loop.student(run, "judge", train, weights, run.seed("judge"), jitter)
     keep, first = loop.Filter(run, judge, seen, splits), None
     for number in range(1, c.rounds + 1):
-        synthetic = outcome.kept(made.get("guided", []), count)
+        synthetic = loop.kept(made.get("guided"), count)
         students, probs = loop.cross_fit(run, number, train, synthetic, jitter)
         first = first or students
         mined = run.stage(f"mined_{number}", loop.mine, run, train, probs,
@@ -117,7 +117,7 @@ def walked(run: Run, splits: dict, arms: dict, seen, jitter: float):
             kit = make_kit(run, name, number, train, generator, students)
             parents = loop.parents_for(kit, arm, mined, splits, first)
             made[name].append(loop.make(kit, arm, keep, *parents))
-    return first, loop.as_many_each(makers, made, count * c.rounds)
+    return first, loop.children_used(made, loop.as_many_each(makers, made, count * c.rounds))
 
 
 def fewer(c, train: data.ImageSet) -> data.ImageSet:
@@ -171,22 +171,24 @@ def tables(p: dict, arm: str, masks: dict, weights: np.ndarray, min_count: int) 
 
 
 def compared(folder: Path) -> tuple[dict, dict, str]:
-    """({(subset, metric): {arm: value}}, {(subset, metric): {(arm, against): entry}}, the best
-    cheap control), entries as in results.json; against `real`, the best, and `random`."""
+    """({(subset, metric): {arm: value}}, {(subset, metric): {(arm, against): entry}}, the cheap
+    control that is best on val), entries as in results.json; against `real`, that one, `random`."""
     c = configuration.load(folder / "config.yaml").evaluate
     with np.load(folder / "predictions.npz") as stored:
         p = dict(stored)
     rng = np.random.default_rng(0)
     weights = evaluate.lesion_weights(p["test_lesions"], c.draws, rng)
-    spread = evaluate.seed_spread(len(p["seeds"]), c.draws, rng)
     masks, arms = evaluate.subsets(p, c.min_count)[0], p["arms"].tolist()
     drawn = {arm: tables(p, arm, masks, weights, c.min_count) for arm in arms}
-    values = {key: {arm: evaluate.interval(drawn[arm][key], spread)["value"] for arm in arms}
+    values = {key: {arm: evaluate.interval(drawn[arm][key])["value"] for arm in arms}
               for key in drawn["real"]}
-    best = max((arm for arm in CHEAP if arm in arms),
-               key=lambda arm: drawn[arm]["all", "balanced_accuracy"][:, 0].mean())
+    noise = {key: evaluate.seed_noise(np.stack([of[key][:, 0] for of in drawn.values()]))
+             for key in values}
+    best = max((arm for arm in CHEAP if arm in arms), key=lambda arm: np.mean(
+        [evaluate.balanced_accuracy(q, p["val_labels"]) for q in p[f"val_probs_{arm}"]]))
     pairs = {(a, b) for a in arms for b in ("real", best)} | {("guided", "random")}
-    return values, {key: {(a, b): evaluate.paired_difference(drawn[a][key], drawn[b][key], spread)
+    return values, {key: {(a, b): evaluate.interval(drawn[a][key] - drawn[b][key], noise[key], 1,
+                                                    (-1, 1))
                           for a, b in pairs} for key in values}, best
 
 

@@ -33,7 +33,8 @@ RULES = {
     "guidance": dict(targets=("hard", "groups"), start=("counterfactual", "recoloured", "parent"),
                      depth=(0.05, 1.0), strength=(0.05, 1.0), steps=(1, None),
                      classifier_free=(0.0, 20.0), objectives=(0.0, 10.0)),
-    "evaluate": dict(min_count=(1, None), draws=(100, 10 ** 6), oracle=(100, 10 ** 6)),
+    "evaluate": dict(min_count=(1, None), draws=(100, 10 ** 6), margin=(0.0, 100.0),
+                     oracle=(100, 10 ** 6)),
     "loop": dict(seed=(0, 2 ** 32), seeds=(1, 100), rounds=(1, 20), margin=(-1.0, 1.0),
                  added=(0.01, 20.0), surplus=(1.0, 10.0), share=(0.01, 0.9),
                  bf16=("auto", "true", "false")),
@@ -205,6 +206,8 @@ def check_together(c: Config) -> Config:
         (inverts and g.sampler == "ddpm", "guidance.sampler: 'ddpm' draws noise anew and forgets "
          "the parent of a counterfactual: write ddim or dpm, or guidance.start: parent"),
         (not arms & {"real", "all"}, "loop.arms: add 'real', with which all others are compared"),
+        (c.loop.rounds > 1 and not arms & {"guided", "all"}, "loop.rounds: further rounds mine for "
+         "students that learnt from guided's images: add 'guided' to loop.arms, or write 1"),
         ("external" in arms and not g.external,
          "guidance.external: arm 'external' needs the folder or csv of its images"),
         (g.external and not arms & {"external", "all"},

@@ -3,6 +3,7 @@
 It takes (kit, parents, targets, objectives) and returns guidance.Drawn, an image of each parent.
 targets: the group to carry each to, (N,), or -1; objectives: name -> scale to steer by."""
 from dataclasses import replace
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,41 @@ from engine.run import Progress, Run, derive
 from guidance import Drawn, Generator, synthesise
 
 BATCH = 128     # images synthesised together: bounds memory; each has a random stream of its own
+REASONS = "kept", "nonfinite", "judge", "copy"      # what rejected a child; 0: nothing
+
+
+class Candidates(NamedTuple):
+    """One arm's children of a round, and what the filter said of each, (N,)."""
+    children: ImageSet          # in their parents' folds, of the groups asked for
+    parents: np.ndarray         # index into their source
+    targets: np.ndarray         # the group asked for, -1 where there are none
+    judge: np.ndarray           # the judge's probability of the class
+    distance: np.ndarray        # to the nearest image seen, in grey levels
+    rejected_by: np.ndarray     # index into REASONS
+    nonfinite_gradients: int
+
+
+def children_of(made: list[Candidates]) -> ImageSet:
+    """One arm's children of all rounds."""
+    return reduce(ImageSet.extend, [m.children for m in made])
+
+
+def children_used(made: dict[str, list], used: dict[str, np.ndarray]) -> dict[str, ImageSet]:
+    """What each arm adds. used: index into children_of by arm."""
+    return {arm: children_of(made[arm]).subset(index) for arm, index in used.items()}
+
+
+def kept(made: list[Candidates] | None, most: int) -> ImageSet | None:
+    """The children of all rounds so far that passed the filter, at most so many of a round."""
+    sets = [m.children.subset(np.flatnonzero(m.rejected_by == 0)[:most])
+            for m in made or []]
+    return reduce(ImageSet.extend, sets) if sets else None
+
+
+def in_round(made: list[Candidates], index: np.ndarray, number: int) -> np.ndarray:
+    """Of an index into children_of what lies in round `number`, from 0, as an index into it."""
+    here = index - sum(len(m.parents) for m in made[:number])
+    return here[(here >= 0) & (here < len(made[number].parents))]
 
 
 class Kit(NamedTuple):
@@ -27,9 +63,9 @@ class Kit(NamedTuple):
 
 
 def make_kit(run: Run, name: str, number: int, train: ImageSet, generator, students) -> Kit:
-    """The kit of arm `name` in round `number`. Its seed's words: as in all published figures."""
-    words = ("synthesis", number) if name in ("guided", "leaked") else (name, number - 1)
-    return Kit(run, f"{name}_{number}", run.seed(*words), train, generator, students)
+    """The kit of arm `name` in round `number`. Image i has the same noise in every arm, and all
+    `random` parents are the same: what arms share by chance is in no difference of theirs."""
+    return Kit(run, f"{name}_{number}", run.seed("children", number), train, generator, students)
 
 
 def copied(kit: Kit, parents: ImageSet, targets: np.ndarray, objectives: dict) -> Drawn:
@@ -54,7 +90,7 @@ def from_model(kit: Kit, parents: ImageSet, targets: np.ndarray, objectives: dic
     run, c, parts = kit.run, kit.run.config.guidance, []
     start = start or c.start
     if start == "recoloured":
-        images = recolour(kit.train, parents, targets, run.seed("recoloured"))
+        images = recolour(kit.train, parents, targets, kit.seed)
         parents, start = replace(parents, images=images), "parent"
     elif start == "counterfactual" and not parents.group_names:
         start = "parent"

@@ -11,8 +11,8 @@ from extras import networks
 from extras.few_labels import TEACHERS
 
 
-def tell(run: Run, train: ImageSet, arms: dict, draws: bool) -> None:
-    """Print it. arms: those of the run; draws: whether any of them wants a generator."""
+def tell(run: Run, train: ImageSet, arms: int, drawing: int) -> None:
+    """Print it. arms: how many the run has; drawing: how many of them want the diffusion model."""
     c, cuda = run.config, run.device.type == "cuda"
     x, labels = run.tensor(train.images[:c.ddpm.batch]), run.tensor(train.labels[:c.ddpm.batch])
     unet, resnet = networks.new_unet(run, train, 0), networks.new_resnet(run, train, 0)
@@ -31,15 +31,14 @@ def tell(run: Run, train: ImageSet, arms: dict, draws: bool) -> None:
                      batch=c.classifier.batch, jitter=0.1)
 
     students = (len(c.classifier.jitter) * (len(c.classifier.jitter) > 1) + 2
-                + c.data.folds * c.loop.rounds + len(arms) * c.loop.seeds
+                + c.data.folds * c.loop.rounds + arms * (c.loop.seeds + c.loop.rounds - 1)
                 + TEACHERS * (c.data.labelled < 1))
-    drawn = sum(name in ("noise", "random", "guided", "leaked") for name in arms) * c.loop.rounds
-    images = drawn * c.loop.added * c.loop.surplus * len(train)
+    images = drawing * c.loop.added * c.loop.surplus * len(train)
     guide = c.ddpm.steps if c.ddpm.classifier_weight else c.classifier.guide_steps
     # evaluations a step: inverting, decoding, about two more for guidance's gradients; each is a
     # third of a training step, which goes back as well
     evaluations = 3 + (c.guidance.start == "counterfactual") + (c.guidance.classifier_free != 1)
-    seconds = 30 + c.classifier.steps * students * learning + draws * (
+    seconds = 30 + c.classifier.steps * students * learning + (drawing > 0) * (
         c.ddpm.steps * diffusion + guide * learning * 1.3
         + images * c.guidance.steps * evaluations * diffusion / c.ddpm.batch / 3)
     print(f"this will take about {clock(seconds)} on this machine", flush=True)

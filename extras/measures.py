@@ -12,7 +12,8 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
 import data
-from evaluate import auroc, interval, lesion_weights, mean_known, score, seed_spread, share, vote
+from evaluate import auroc, interval, lesion_weights, score, share, vote
+from extras.verdict import verdict
 
 THRESHOLDS = {"sensitivity_at_90": 0.90, "sensitivity_at_95": 0.95}     # name: specificity on val
 
@@ -59,21 +60,17 @@ def threshold_at_specificity(p_malignant, is_malignant, specificity: float) -> f
 
 def gaps(sensitivity: list, specificity: list) -> tuple[np.ndarray, np.ndarray]:
     """The largest rate of a group less the smallest: equal opportunity (of the sensitivity) and
-    equalised odds (of both). Each group's tables (R, D), nan if it is too small.
-    Resampling adds the chance of few lesions once more: so the draws are moved back around the
-    sample's own gap. Intervals then cover a clear gap in 90 to 97 %, but seldom the gap 0."""
+    equalised odds (of both). Each group's tables (R, D), nan if it is too small. Some of a gap is
+    the chance of few lesions: intervals cover a clear gap in 90 to 97 %, but seldom the gap 0."""
     def gap(tables):
         known = [t for t in tables if np.isfinite(t[:, 0]).all()]
         return np.ptp(known, axis=0) if len(known) > 1 else tables[0] * np.nan
     opportunity = gap(sensitivity)
-    found = opportunity, np.maximum(opportunity, gap(specificity))
-    for table in found:
-        table[:, 1:] += (table[:, 0] - mean_known(table[:, 1:].T))[:, None]
-    return found
+    return opportunity, np.maximum(opportunity, gap(specificity))
 
 
 @np.errstate(invalid="ignore")      # 0 / 0 is nan: nobody to count
-def further(p: dict, arm: str, weights: np.ndarray, spread: np.ndarray, min_count: int) -> dict:
+def further(p: dict, arm: str, weights: np.ndarray, min_count: int) -> dict:
     """What `everything` says of an arm beyond evaluate.score, in the shape of results.json."""
     probs, labels, malignant = p[f"test_probs_{arm}"], p["test_labels"], p["malignant"]
     guess, sick, p_sick = probs.argmax(-1), malignant[labels], probs[..., malignant].sum(-1)
@@ -84,7 +81,7 @@ def further(p: dict, arm: str, weights: np.ndarray, spread: np.ndarray, min_coun
         return table * np.nan if few else table
 
     def entry(table, *cells):
-        return interval(known(table, *cells), spread)
+        return interval(known(table, *cells))
 
     def counted(of):
         return {"n": int(of.sum()), "recall": entry(share(right, of, weights), of)}
@@ -113,20 +110,20 @@ def further(p: dict, arm: str, weights: np.ndarray, spread: np.ndarray, min_coun
         "per_subtype": {name: counted(of) for name, of in subtypes.items()}}
 
 
-def everything(predictions, *, min_count: int = 10, draws: int = 2000, seed: int = 0) -> dict:
+def everything(predictions, *, min_count: int = 10, draws: int = 2000, margin: float = 1.0,
+               seed: int = 0) -> dict:
     """evaluate.score of predictions.npz, or of a mapping like it, with the further measures merged
     in, rounded. Raises ValueError naming the key that is missing or does not fit."""
     p = dict(predictions)       # an open .npz decompresses at every access
     check_predictions(p)
-    found = score(p, min_count=min_count, draws=draws, seed=seed)
+    found = score(p, min_count=min_count, draws=draws, margin=margin, seed=seed)
     rng = np.random.default_rng(seed)           # the same draws again
     weights = lesion_weights(p["test_lesions"], draws, rng)
-    spread = seed_spread(len(p["seeds"]), draws, rng)
     for arm, entry in found["arms"].items():
-        more = further(p, arm, weights, spread, min_count)
+        more = further(p, arm, weights, min_count)
         entry["test"]["all"] |= more.pop("whole")
         entry |= more
-    return rounded(found)
+    return rounded(found | {"verdict": verdict(found)})
 
 
 def rounded(value, digits: int = 6):

@@ -3,7 +3,6 @@ results.json, synthetic/, pictures/ and the report."""
 import csv
 import io
 import json
-from functools import reduce
 
 import numpy as np
 import torch
@@ -15,9 +14,7 @@ from engine.augment import to_float
 from engine.run import Run, derive, environment, save_picture
 from evaluate import balanced_accuracy
 from extras import measures, pictures, report
-
-REASONS = "kept", "nonfinite", "judge", "copy"      # what rejected a child; 0: nothing
-
+from extras.children import REASONS, children_of, children_used, in_round
 
 def counts(s: ImageSet) -> dict:
     """{"images": n, "lesions": n, "groups": {name: images}, "classes": {name: images}}; of groups
@@ -73,63 +70,73 @@ def begin(run: Run, splits: dict, table: dict) -> dict:
     return arms
 
 
-def kept(made: list, most: int) -> ImageSet | None:
-    """What has passed the filter so far, at most so many of a round; made: loop.Candidates."""
-    sets = [m.children.subset(np.flatnonzero(m.rejected_by == 0)[:most]) for m in made]
-    return reduce(ImageSet.extend, sets) if sets else None
-
-
 def tally(rejected_by: np.ndarray) -> dict[str, int]:
     return {reason: int((rejected_by == i).sum()) for i, reason in enumerate(REASONS)}
 
 
-def of_round(run: Run, number: int, splits: dict, probs: np.ndarray, most: int, students: list,
-             made: dict, student, mixed, jitter: float) -> dict:
-    """The round's entry in results.json. probs: (N, C) out of fold; most: images it is to add;
-    made: loop.Candidates by arm and round; student, mixed: the functions of loop.py."""
-    train, val = splits["train"], splits["val"]
-    margin = data.margins(probs, train)
-    entry = {"round": number, "hard": int((margin < run.config.loop.margin).sum()),
-             "wrong": int((margin < 0).sum())}
-    if made.get("guided"):
-        m = made["guided"][-1]
-        votes = np.zeros((len(m.children), len(train.class_names)), np.float32)
-        for k, own in enumerate(students):      # by the one that never saw the parent
-            of = m.children.folds == k
-            votes[of] = classifier.predict(own, run.tensor(m.children.images[of]), run.bf16)
-        rejected, answers = tally(m.rejected_by), data.margins(votes, m.children)
-        entry |= {"parents": len(np.unique(m.parents)), "candidates": len(m.children),
-                  "kept": rejected.pop("kept"), "rejected": rejected,
-                  "nonfinite_gradients": m.nonfinite_gradients,
-                  "hardness": {"parents_wrong": float((margin[m.parents] < 0).mean()),
-                               "children_wrong": float((answers < 0).mean())},
-                  "judge_agrees": float((m.rejected_by != REASONS.index("judge")).mean())}
-        write_synthetic(run, train, made["guided"], most)
-        if number < run.config.loop.rounds:     # the last round's students are the arms
-            one = student(run, f"round_{number}", *mixed(run, train, kept(made["guided"], most)),
-                          run.seed("student", 0), jitter)
-            found = classifier.predict(one, run.tensor(val.images), run.bf16)
-            entry["val_balanced_accuracy"] = balanced_accuracy(found, val.labels)
-    print(json.dumps(entry), flush=True)
-    return entry
+def of_round(run: Run, train: ImageSet, probs: np.ndarray, students: list, made: dict) -> dict:
+    """What the round's students say of images whose lesion they never saw: the margins (N,) of
+    train, and of each arm's children. probs: (N, C) out of fold; made: Candidates by arm."""
+    margin, children = data.margins(probs, train), {}
+    for arm, of in made.items():
+        s = of[-1].children
+        if not np.isin(s.sources, train.sources).all():
+            continue                    # of others' images: no fold knows them
+        votes = np.zeros((len(s), len(train.class_names)), np.float32)
+        for k, one in enumerate(students):
+            unseen = s.folds == k
+            images = run.tensor(s.images[unseen])
+            votes[unseen] = classifier.predict(one, images, run.bf16)
+        children[arm] = data.margins(votes, s)
+    hard = float((margin < run.config.loop.margin).mean())
+    print(f"{hard:.1%} of train is hard", flush=True)
+    return {"hard out of fold": hard, "wrong out of fold": float((margin < 0).mean()),
+            "margin": margin, "children": children}
 
 
-def write_synthetic(run: Run, train: ImageSet, made: list, most: int) -> None:
-    """synthetic/<class>/*.png, a folder data set, and synthetic.csv: the guided images of every
-    round so far that passed the filter, and their origin."""
+def by_round(run: Run, splits: dict, rounds: list, made: dict, used: dict, predictions: dict,
+             student, mixed, jitter: float) -> list[dict]:
+    """The rounds of results.json: how hard the parents and children are that an arm used, and how
+    its first student does on val with the images so far. rounds: of `of_round`."""
+    val, entries = splits["val"], []
+    for number, e in enumerate(rounds):
+        entry = {key: e[key] for key in ("hard out of fold", "wrong out of fold")}
+        parents, children, scores = {}, {}, {}
+        for arm, of in made.items():
+            here = in_round(of, used[arm], number)
+            if arm in e["children"] and len(here):
+                parents[arm] = float((e["margin"][of[number].parents[here]] < 0).mean())
+                children[arm] = float((e["children"][arm][here] < 0).mean())
+            if number + 1 < len(rounds):
+                index = [i for i in used[arm] if i < sum(len(m.parents) for m in of[:number + 1])]
+                one = student(run, f"round_{number + 1}_{arm}",
+                              *mixed(run, splits["train"], children_of(of).subset(index)),
+                              run.seed("student", 0), jitter)
+                probs = classifier.predict(one, run.tensor(val.images), run.bf16)
+            else:
+                probs = predictions[f"val_probs_{arm}"][0]
+            scores[arm] = balanced_accuracy(probs, val.labels)
+        entries.append(entry | {"parents wrong": parents, "children wrong": children,
+                                "balanced accuracy on val": scores})
+    return entries
+
+
+def write_synthetic(run: Run, train: ImageSet, made: list, used: np.ndarray) -> None:
+    """synthetic/<class>/*.png, a folder data set, and synthetic.csv: the guided images that the arm
+    added, and their origin. used: index into the children of all rounds."""
     folder = run.folder / "synthetic"
     for name in train.class_names:
         (folder / name).mkdir(parents=True, exist_ok=True)
     rows = [("image", "parent", "class", "group", "fold", "judge", "distance", "seed")]
     for number, m in enumerate(made, start=1):
-        for i in np.flatnonzero(m.rejected_by == 0)[:most]:
+        for i in in_round(made, used, number - 1):
             name = train.class_names[m.children.labels[i]]
             file = f"{name}/{number}_{i:05d}.png"
             if not (folder / file).exists():
                 save_picture(folder / file, pictures.one(m.children.images[i]))
             rows.append((file, m.children.sources[i], name, pictures.group_of(train, m.targets[i]),
                          m.children.folds[i], f"{m.judge[i]:.4f}", f"{m.distance[i]:.2f}",
-                         derive(run.seed("synthesis", number), i)))
+                         derive(run.seed("children", number), i)))
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     run.write("synthetic/synthetic.csv", text.getvalue())
@@ -154,27 +161,31 @@ def predict(run: Run, splits: dict, finals: dict, reference: list, predict) -> d
         "seeds": np.arange(run.config.loop.seeds), "optimistic": np.array(list(finals)) == "leaked"}
 
 
-def end(run: Run, splits: dict, predictions: dict, made: dict, added: dict, keep, generator,
-        students: list, first_probs: np.ndarray, student, jitter: float, *,
+def end(run: Run, splits: dict, predictions: dict, made: dict, used: dict, keep, generator,
+        students: list, first_probs: np.ndarray, student, mixed, jitter: float, *,
         rounds: list, jitter_scores: dict, pseudo: dict) -> None:
     """Write all files of a finished run, and say the verdict."""
     c, buffer = run.config, io.BytesIO()
+    added = children_used(made, used)
+    rounds = by_round(run, splits, rounds, made, used, predictions, student, mixed, jitter)
     np.savez_compressed(buffer, **predictions)
     run.write("predictions.npz", buffer.getvalue())
-    if rounds:
-        last = predictions["val_probs_guided" if "guided" in made else "val_probs_real"]
-        rounds[-1]["val_balanced_accuracy"] = float(np.mean(
-            [balanced_accuracy(p, splits["val"].labels) for p in last]))
+    if "guided" in made:
+        write_synthetic(run, splits["train"], made["guided"], used["guided"])
     rejected = {arm: np.concatenate([m.rejected_by for m in of]) for arm, of in made.items()}
+    dropped = {arm: sum(m.nonfinite_gradients for m in of) for arm, of in made.items()}
     results = {
         "format": report.FORMAT, "name": run.folder.name, "fingerprint": run.fingerprint,
         "config": report.private(c.as_dict()), "environment": environment(run),
         "splits": {name: counts(s) for name, s in splits.items()},
         "notes": list(splits["train"].notes), "leak": leaked_share(splits), "pseudo": pseudo,
         "jitter": {"chosen": jitter, "val_balanced_accuracy": jitter_scores}, "rounds": rounds,
-        "filter": {arm: {"candidates": len(of)} | tally(of) for arm, of in rejected.items()},
+        "filter": {arm: {"candidates": len(of)} | tally(of) | {
+            "used": len(used[arm]), "nonfinite_gradients": dropped[arm]}
+            for arm, of in rejected.items()},
         "generator": quality(run, splits, added, keep, student, jitter),
-        **measures.everything(predictions, min_count=c.evaluate.min_count, draws=c.evaluate.draws)}
+        **measures.everything(predictions, min_count=c.evaluate.min_count, draws=c.evaluate.draws,
+                              margin=c.evaluate.margin)}
     for arm, entry in results["arms"].items():
         entry["added"] = len(added.get(arm, ()))
     pictures.draw_all(run, splits["train"], made, keep.seen, generator, students, first_probs,
@@ -200,7 +211,8 @@ def quality(run: Run, splits: dict, added: dict, keep, student, jitter: float) -
               splits["train"].subset(~splits["train"].guessed))
     critic = student(run, "critic", source, classifier.balanced_weights(source.labels),
                      run.seed("critic"), jitter)
-    sets = {arm: s for arm, s in added.items() if arm in ("guided", "random", "noise", "external")}
+    sets = {arm: s for arm, s in added.items() if arm in (
+        "guided", "random", "noise", "noise_hard", "external")}
     return measures.generator_quality(
         lambda x: extract_features(critic, run.tensor(x)),
         lambda x: classifier.predict(critic, run.tensor(x), run.bf16).argmax(1),

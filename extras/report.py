@@ -21,13 +21,14 @@ import yaml
 from engine.run import locked, write_bytes
 from extras import measures, plots
 
-FORMAT = 2          # of results.json
+FORMAT = 3          # of results.json
 FULL = ("accuracy", "sensitivity", "specificity", "balanced_accuracy", "auroc", "auroc_malignant")
-SHARES = ("judge_agrees", "hardness", "val_balanced_accuracy", "precision", "recall", "right",
-          "label_fidelity_oracle")
+SHARES = ("precision", "recall", "right", "label_fidelity_oracle", "val_balanced_accuracy",
+          "hard out of fold", "wrong out of fold", "parents wrong", "children wrong",
+          "balanced accuracy on val")
 WORDS = {"auroc": "AUROC", "auroc_malignant": "AUROC, malignant", "frechet": "Frechet distance",
-         "all": "all test images", "hard": "hard cases, accuracy", "worst_group": "worst group"}
-LEGEND = ("p", "Percent, with the 95 % interval over test lesions and seeds in brackets; "
+         "all": "all test images", "hard": "hard cases", "worst_group": "worst group"}
+LEGEND = ("p", "Percent, with the 95 % interval for new lesions and new trainings in brackets; "
           f'"{plots.TOO_SMALL}": fewer lesions than evaluate.min_count.')
 CAPTIONS = {
     "children": "Parents above their children: group asked for, judge's probability, kept or not",
@@ -45,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         with locked(folder):
             r, predictions = stored(folder)
             c = r["config"]["evaluate"]
-            scored = measures.everything(predictions, min_count=c["min_count"], draws=c["draws"])
+            scored = measures.everything(
+                predictions, **{key: c[key] for key in ("min_count", "draws", "margin")})
             for arm, entry in scored["arms"].items():       # the predictions do not know it
                 entry["added"] = r["arms"][arm]["added"]
             write_bytes(folder / "results.json", (json.dumps(r | scored, indent=1) + "\n").encode())
@@ -102,13 +104,14 @@ def opening(r, log, pictures) -> list:
     columns = {said(m): ("all", m) for m in FULL[:4]}
     if r["worst_group"] is not None:
         columns |= {f"worst {kind_of_group(r)}, {r['worst_group']}: {said(m)}": ("worst_group", m)
-                    for m in ("balanced_accuracy", "sensitivity")}
-    columns |= {"hard cases: accuracy": ("hard", "accuracy"), "AUROC": ("all", "auroc")}
+                    for m in ("balanced_accuracy", "sensitivity", "specificity")}
+        columns["gap in sensitivity"] = ("all", "equal_opportunity_gap")
+    columns |= {f"hard cases: {said(m)}": ("hard", m) for m in ("accuracy", "auroc")}
     return [("title", f"Report: {r['name']}"), ("verdict", r["verdict"]),
             *[("p", "Optimistic: split by image. The share of test images whose lesion is also in "
                f"train: {leak}.")] * bool(r["leak"]["all"]),
             ("p", "; ".join(f"{key}: {fact}" for key, fact in facts.items() if fact) + "."),
-            *forest(r, "all", "Difference of balanced accuracy, all test images"),
+            *forest(r, "all", "balanced_accuracy"),
             *(block for name, block in pictures.items() if name == "children"),
             *arm_table(r, "All test images", columns, ("added",)), LEGEND]
 
@@ -131,8 +134,7 @@ def contents(r, log, pictures) -> dict:
         "Confusion": confusion(r),
         "Pictures": [pictures[name] for name in sorted(pictures, key=[*CAPTIONS, *pictures].index)
                      if name != "children"],
-        "Rounds": sheet(r, {f"round {e['round']}": {k: e[k] for k in e if k != "round"}
-                            for e in r["rounds"]}),
+        "Rounds": rounds(r) + sheet(r, {f"round {i}": e for i, e in enumerate(r["rounds"], 1)}),
         "Filter": sheet(r, r["filter"]),
         "The generator": sheet(r, r["generator"], "In the features of a classifier that no arm "
                                "uses; real images are the floor; distances in grey levels"),
@@ -163,26 +165,31 @@ def arm_table(r, caption, columns, counts=()):
     return [("table", caption, ["arm", *columns, *counts], rows)] if columns or counts else []
 
 
-def compared(r, subset):
-    """{"guided minus real": entry}, those of guided first."""
-    rows = sorted(r["comparisons"], key=lambda c: c["arm"] != "guided")
-    return {f"{shown(r, c['arm'])} minus {shown(r, c['against'])}": c | {"value": c["difference"]}
-            for c in rows if c["subset"] == subset}
+def compared(r, subset, metric):
+    """{"guided minus real": entry}."""
+    return {f"{shown(r, c['arm'])} minus {shown(r, c['against'])}": c
+            for c in r["comparisons"] if (c["subset"], c["metric"]) == (subset, metric)}
 
 
-def forest(r, subset, title):
-    rows = [(name, *triple(c)) for name, c in compared(r, subset).items()]
-    return [("svg", title, f"forest_{subset}", plots.forest(rows, title, "points"))] if rows else []
+def forest(r, subset, metric):
+    rows = [(name, *triple(c)) for name, c in compared(r, subset, metric).items()]
+    title = f"Difference of {said(metric)}, {said(subset)}"
+    return [("svg", title, f"forest_{subset}_{metric}",
+             plots.forest(rows, title, "points"))] if rows else []
 
 
 def differences(r):
-    subsets = [s for s in ("all", "hard", "worst_group") if compared(r, s)]
-    rows = [[name, *(interval(compared(r, s)[name], "+") for s in subsets)]
-            for name in compared(r, "all")]
-    return [("p", "Balanced accuracy (on the hard cases accuracy) in percentage points, paired "
-             "over the same test lesions and seeds. The interval of a hollow mark holds zero."),
-            *forest(r, "hard", "Difference of accuracy, hard cases"),
-            ("table", "", ["comparison", *map(said, subsets)], rows)] if rows else []
+    kinds = list(dict.fromkeys((c["subset"], c["metric"]) for c in r["comparisons"]))
+    found = {f"{said(s)}: {said(m)}": compared(r, s, m) for s, m in kinds}
+    rows = [[name, *(f"{interval(of[name], '+')} {of[name]['outcome'] or ''}"
+                     for of in found.values())]
+            for name in next(iter(found.values()), ())]
+    asked = shown(r, r["comparisons"][0]["arm"]) if rows else ""
+    return [("p", "In percentage points, paired over the same test lesions and seeds; the intervals"
+             f" of {asked} hold for all its controls at once. Equal: within "
+             f"{r['config']['evaluate']['margin']:g} either way. A hollow mark: the interval holds "
+             "zero."), *forest(r, "hard", "accuracy"), *forest(r, "worst_group", "sensitivity"),
+            ("table", "", ["comparison", *found], rows)] if rows else []
 
 
 def members(r, key, kind, metrics):
@@ -206,6 +213,19 @@ def losses(r, log):
         kinds[kind].append((shown(r, arm or kind), *zip(*(some.mean(0) for some in points))))
     return [("svg", f"Loss: {kind}", f"loss_{kind}", plots.curves(
         series, f"Loss: {kind}", "step", "loss")) for kind, series in kinds.items()]
+
+
+def rounds(r):
+    """A plot of everything that changes from round to round, if there is more than one."""
+    found = []
+    for key in r["rounds"][0] if len(r["rounds"]) > 1 else ():
+        of = [e[key] if isinstance(e[key], dict) else {"train": e[key]} for e in r["rounds"]]
+        series = [(shown(r, arm), range(1, 1 + len(of)), [max(100 * e[arm], 0.1) for e in of])
+                  for arm in of[0] if all(arm in e for e in of)]
+        title = f"By round: {said(key)}"
+        found += [("svg", title, f"rounds_{key.replace(' ', '_')}",
+                   plots.curves(series, title, "round", "percent"))] if series else []
+    return found
 
 
 def confusion(r):
@@ -233,7 +253,8 @@ def sheet(r, columns, caption=""):
             for inner, v in (value if isinstance(value, dict) else {"": value}).items():
                 v = (plots.TOO_SMALL if v is None else v if not isinstance(v, float) else
                      f"{100 * v:.1f} %" if key in SHARES else f"{v:.4g}")
-                rows.setdefault(": ".join(filter(None, (said(key), inner))), {})[column] = str(v)
+                name = ": ".join(filter(None, (said(key), shown(r, inner))))
+                rows.setdefault(name, {})[column] = str(v)
     return [("table", caption, ["", *(shown(r, c) for c in columns)], [
         [name, *(row.get(c, "-") for c in columns)] for name, row in rows.items()])] if rows else []
 

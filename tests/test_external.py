@@ -87,7 +87,7 @@ def test_no_finished_run_is_one_line(tmp_path):
     (tmp_path / "config.yaml").write_text(SMALL)
     np.savez(tmp_path / "predictions.npz", class_names=["nv"], arms=["real"])
     for written, words in (("{}", "results.json cannot be used: 'format'; run it again"),
-                           ('{"format": 1}', "its format is 1, not 2"), ("[", "results.json")):
+                           ('{"format": 1}', "its format is 1, not 3"), ("[", "results.json")):
         (tmp_path / "results.json").write_text(written)
         with pytest.raises(ValueError, match=words) as error:
             finished.Finished(tmp_path)

@@ -46,7 +46,6 @@ def test_the_interval_of_a_gap_covers_it():
         weights = evaluate.lesion_weights(np.arange(500), 200, rng)
         by_group = [evaluate.share(right, group == g, weights) for g in range(5)]
         table, _ = measures.gaps(by_group, by_group)
-        assert table[:, 1:].mean() == pytest.approx(table[0, 0])
         found = evaluate.interval(table, np.zeros(200))
         inside += found["low"] <= .27 <= found["high"]
     assert 0.88 <= inside / 200 <= 0.98
@@ -58,7 +57,7 @@ def test_everything_is_the_score_and_more_rounded():
     p = predictions(gain={"guided": 1.0})
     s, plain = measures.everything(p, draws=200), evaluate.score(p, draws=200)
     assert json.loads(json.dumps(s, allow_nan=False)) == s
-    for key in ("comparisons", "verdict", "worst_group", "hard"):
+    for key in ("comparisons", "worst_group", "hard"):
         assert s[key] == measures.rounded(plain[key])
     for arm, entry in plain["arms"].items():
         for subset, found in measures.rounded(entry["test"]).items():

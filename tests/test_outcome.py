@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -58,7 +59,8 @@ def test_all_are_the_arms_that_can_be_run_in_the_order_of_the_table(run, splits,
             run = set_to(given, section, **values)
             given = run
         return list(outcome.begin(given, splits, loop.ARMS))
-    every = ["real", "balanced", "replay", "recolour", "noise", "random", "guided"]
+    every = ["real", "balanced", "replay", "recolour", "recolour_random", "noise", "noise_hard",
+             "random", "guided"]
     assert arms(run, loop={"arms": ["all"]}) == every
     assert arms(run, loop={"arms": ["all", "leaked"]}) == [*every, "leaked"]
     assert arms(run, loop={"arms": ["guided", "real"]}) == ["real", "guided"]
@@ -76,28 +78,43 @@ def test_all_are_the_arms_that_can_be_run_in_the_order_of_the_table(run, splits,
 
 # ---- a round -------------------------------------------------------------------------------------
 
-def test_a_round_is_counted_by_hand(run, splits, capsys):
-    """Ten children, each judged by the student that never saw its parent."""
+def test_the_hardness_of_a_round_is_counted_by_hand_over_the_images_used(run, splits):
+    """Ten children, each judged by the student that never saw its parent; six of them are used."""
     run, train = set_to(run, "loop", margin=0.3), splits["train"]
     probs = np.full((len(train), 4), 0.1, np.float32)
     probs[np.arange(len(train)), train.labels] = 0.7
     probs[:6] = 0.25                                                    # unsure: margin 0
     probs[np.arange(6, 10), (train.labels[6:10] + 1) % 4] = 0.9         # wrong
-    parents = np.array([4, 5, 6, 7, 8, 9, 9, 4, 5, 6])
-    why = np.array([0, 0, 0, 2, 2, 3, 1, 0, 0, 2])
-    none = np.zeros(10)
-    m = loop.Candidates(train.subset(parents), parents, train.groups[parents], none, none, why, 3)
+    parents, none = np.array([4, 5, 6, 7, 8, 9, 9, 4, 5, 6]), np.zeros(10)
+    m = loop.Candidates(train.subset(parents), parents, train.groups[parents], none, none, none, 3)
+    foreign = m._replace(children=splits["test"].subset(parents))
     students = [seeded(s, classifier.build, "small", 16, 4).eval() for s in (1, 2)]
-    entry = outcome.of_round(run, 1, splits, probs, 9, students, {"guided": [m]}, None, None, 0)
-    assert json.loads(capsys.readouterr().out) == entry
-    wrong = [classifier.predict(students[fold], torch.tensor(image[None])).argmax() != label
-             for image, fold, label in zip(m.children.images, m.children.folds, m.children.labels)]
-    assert entry == {"round": 1, "hard": 10, "wrong": 4, "parents": 6, "candidates": 10, "kept": 5,
-                     "rejected": {"nonfinite": 1, "judge": 3, "copy": 1}, "nonfinite_gradients": 3,
-                     "hardness": {"parents_wrong": 0.6, "children_wrong": np.mean(wrong)},
-                     "judge_agrees": 0.7}
-    assert outcome.of_round(run, 2, splits, probs, 9, students, {}, None, None, 0) == {
-        "round": 2, "hard": 10, "wrong": 4}
+    made = {"guided": [m, m], "leaked": [foreign, foreign]}
+    first = outcome.of_round(run, train, probs, students, made)
+    wrong = np.array([
+        classifier.predict(students[fold], torch.tensor(image[None])).argmax() != label
+        for image, fold, label in zip(m.children.images, m.children.folds, m.children.labels)])
+
+    used = {"guided": np.array([0, 2, 5, 13, 14, 19]), "leaked": np.array([0, 12])}
+    asked, val = [], splits["val"]
+    answers = np.full((1, len(val), 4), 0.25) + 0.1 * np.eye(4)[val.labels]    # all right
+
+    def student(run, name, images, weights, seed, jitter):
+        asked.append((name, len(images)))
+        return students[0]
+    found = outcome.by_round(
+        run, splits, [first, first], made, used, {f"val_probs_{arm}": answers for arm in made},
+        student, lambda run, train, added: (train.extend(added), None), 0)
+    votes = classifier.predict(students[0], torch.tensor(val.images)).argmax(1)
+    early = np.mean([np.mean(votes[val.labels == c] == c) for c in range(4)])
+    n = len(train)
+    assert asked == [("round_1_guided", n + 3), ("round_1_leaked", n + 1)]
+    for entry, here, score in zip(found, ([0, 2, 5], [3, 4, 9]), (early, 1)):
+        assert entry == {
+            "hard out of fold": 10 / n, "wrong out of fold": 4 / n,
+            "parents wrong": {"guided": np.mean(parents[here] >= 6)},
+            "children wrong": {"guided": wrong[here].mean()},
+            "balanced accuracy on val": dict.fromkeys(made, pytest.approx(score))}
 
 
 def test_the_ledger_says_where_every_image_is_from(tiny):
@@ -113,7 +130,7 @@ def test_the_ledger_says_where_every_image_is_from(tiny):
         assert int(row["fold"]) == train.folds[parent]
         assert row["group"] != train.group_names[train.groups[parent]]
         assert row["image"].startswith(row["class"] + "/") and 0 <= float(row["judge"]) <= 1
-    assert len(rows) >= json.loads((tiny / "results.json").read_text())["arms"]["guided"]["added"]
+    assert len(rows) == json.loads((tiny / "results.json").read_text())["arms"]["guided"]["added"]
 
 
 def test_the_synthetic_images_load_as_folders_and_as_a_csv(run, splits):
@@ -121,7 +138,8 @@ def test_the_synthetic_images_load_as_folders_and_as_a_csv(run, splits):
     targets, why = data.other_groups(train.subset(parents), 0), (parents % 3 == 0).astype(int)
     children = replace(train.subset(parents), images=255 - train.images[parents], groups=targets)
     made = loop.Candidates(children, parents, targets, none, none, why, 0)
-    outcome.write_synthetic(run, train, [made, made], 100)
+    passed = np.flatnonzero(why == 0)
+    outcome.write_synthetic(run, train, [made, made], np.append(passed, 60 + passed))
     root, c = run.folder / "synthetic", run.config
     rows = sorted(csv.DictReader((root / "synthetic.csv").open()), key=lambda row: row["image"])
     assert len(rows) == 80 and {row["class"] for row in rows} == set(train.class_names)

@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 
 from engine.run import locked
+from evaluate import COMPARED, outcome
 from extras import measures, plots, report
 
 ARMS = ("real", "replay", "guided", "naive")
@@ -20,7 +21,6 @@ MORE = ("sensitivity_at_90", "sensitivity_at_95", "equal_opportunity_gap", "equa
 VERDICT = "no gain over replay: +0.4 points of balanced accuracy, 95 % interval -1.1 to +1.9"
 MARK = "optimistic: mined on the test set"
 NONE = {"value": None, "low": None, "high": None}
-METRIC = {"all": "balanced_accuracy", "hard": "accuracy", "worst_group": "balanced_accuracy"}
 
 
 def entry(rng):
@@ -43,16 +43,17 @@ def fake_results(arms=ARMS, groups=("I", "VI")):
                       for c in CLASSES},
         "per_subtype": {"acral": {"n": 40, "recall": {"value": 0.625, "low": 0.5, "high": 0.75}}},
         "confusion": [[9, 1], [2, 8]]}
-    pairs = [(a, "real") for a in arms[1:]]
-    pairs += [("guided", b) for b in arms[1:] if b != "guided"] * ("guided" in arms)
+    asked = "guided" if "guided" in arms else arms[-1]
+    pairs = [(asked, b) for b in arms if b != asked]
+    pairs += [(a, "real") for a in arms[1:] if a != asked]
     results = {
-        "format": 2, "name": "fake", "fingerprint": "1f", "verdict": VERDICT,
+        "format": 3, "name": "fake", "fingerprint": "1f", "verdict": VERDICT,
         "worst_group": groups[-1] if groups else None, "hard": {"n": 12},
         "config": {"data": {"root": "/home/someone/ham", "where": "C:\\Users\\someone\\ham"},
                    "guidance": {"targets": "hard",
                                 "objectives": {"class_evidence": 1.0, "hardness": 0.1}},
-                   "evaluate": {"min_count": 10, "draws": 50, "lr": 1e-5, "answer": "no",
-                                "list": [1, 2.5, None], "empty": {}}},
+                   "evaluate": {"min_count": 10, "draws": 50, "margin": 1.0, "lr": 1e-5,
+                                "answer": "no", "list": [1, 2.5, None], "empty": {}}},
         "environment": {"device": "cpu", "torch": "2.9", "commit": None},
         "splits": {s: {"images": 40, "lesions": 38, "classes": dict.fromkeys(CLASSES, 20),
                        "groups": dict.fromkeys(groups, 20)} for s in ("train", "val", "test")},
@@ -60,12 +61,12 @@ def fake_results(arms=ARMS, groups=("I", "VI")):
         "jitter": {"chosen": 0.3, "val_balanced_accuracy": {"0.3": 0.811}},
         "arms": {name: arm(name) for name in arms},
         "comparisons": [
-            {"arm": a, "against": b, "subset": s, "metric": METRIC[s],
-             "optimistic": "naive" in (a, b),
-             **{{"value": "difference"}.get(k, k): v - 0.5 for k, v in entry(rng).items()}}
-            for a, b in pairs for s in subsets],
-        "rounds": [{"round": 1, "kept": 600, "rejected": {"judge": 101},
-                    "hardness": {"parents_wrong": 0.75}, "val_balanced_accuracy": 0.815}],
+            {"arm": a, "against": b, "subset": s, "metric": m, "optimistic": "naive" in (a, b),
+             **(e := {k: v - 0.5 for k, v in entry(rng).items()}),
+             "outcome": outcome(e["low"], e["high"], 0.01)}
+            for s in subsets for m in COMPARED[s] for a, b in pairs],
+        "rounds": [{"hard out of fold": 0.2 + i / 10, "parents wrong": {"naive": 0.75},
+                    "balanced accuracy on val": {"naive": 0.815, "guided": 0.0}} for i in (0, 1)],
         "filter": {"naive": {"candidates": 9, "kept": 7, "nonfinite": 0}},
         "generator": {"guided": {"n": 7, "frechet": 12.5, "precision": None, "recall": 0.5},
                       "real (val)": {"n": 7, "frechet": 2.25, "precision": 0.5, "recall": 0.875}}}
@@ -74,7 +75,7 @@ def fake_results(arms=ARMS, groups=("I", "VI")):
         results["arms"]["real"]["per_group"].get("VI", {})["sensitivity"] = NONE
         wanted = {"arm": "guided", "against": "replay", "subset": "hard"}
         row = next(c for c in results["comparisons"] if wanted.items() <= c.items())
-        row |= {"difference": None, "low": None, "high": None}
+        row |= {"value": None, "low": None, "high": None, "outcome": None}
     return results
 
 
@@ -134,7 +135,7 @@ def test_it_opens_with_verdict_facts_forest_pictures_and_one_table(run):
     assert opening[:3] == ["# Report: fake", VERDICT, "arms: 4; seeds: 2; test images: 40; "
                            "minutes: 1.2; device: cpu."]
     assert [part.split("(")[-1] for part in opening if part.startswith("![")] == [
-        "pictures/forest_all.svg)", "pictures/children.png)"]
+        "pictures/forest_all_balanced_accuracy.svg)", "pictures/children.png)"]
     assert len(tables(md.split("\n## ")[0])) == 1
     order = [html.index(word) for word in (
         "<h1", 'class="verdict"', 'class="p"', 'class="svg"', 'class="png"', 'class="table"',
@@ -154,9 +155,10 @@ def test_the_first_table_equals_results(run):
     assert list(found)[2:] == ["real", "replay", "guided", f"naive ({MARK})"]
     for arm, cells in zip(results["arms"].values(), list(found.values())[2:]):
         test = arm["test"]
-        wanted = [*(test["all"][m] for m in SHORT), test["worst_group"]["balanced_accuracy"],
-                  test["worst_group"]["sensitivity"], test["hard"]["accuracy"],
-                  test["all"]["auroc"]]
+        wanted = [*(test["all"][m] for m in SHORT),
+                  *(test["worst_group"][m] for m in ("balanced_accuracy", *SHORT[1:3])),
+                  test["all"]["equal_opportunity_gap"], test["hard"]["accuracy"],
+                  test["hard"]["auroc"]]
         assert cells == [*map(percent, wanted), str(arm["added"])]
         assert all(cell in text_of(html) for cell in cells)
 
@@ -188,12 +190,15 @@ def test_the_folded_tables_equal_results(run):
 def test_differences_equal_results(run):
     _, results, md, _ = run
     found = tables(section(md, "Differences"))[0]
-    assert found["comparison"] == ["all test images", "hard cases, accuracy", "worst group"]
+    assert found["comparison"] == [
+        "all test images: balanced accuracy", "all test images: sensitivity",
+        "hard cases: accuracy", "hard cases: AUROC", "worst group: balanced accuracy",
+        "worst group: sensitivity"]
     pairs = {}
     for c in results["comparisons"]:
         name = " minus ".join(f"naive ({MARK})" if a == "naive" else a
                               for a in (c["arm"], c["against"]))
-        pairs.setdefault(name, []).append(percent(c | {"value": c["difference"]}, "+"))
+        pairs.setdefault(name, []).append(f"{percent(c, '+')} {c['outcome'] or ''}".strip())
     first = [name for name in pairs if name.startswith("guided")]
     assert dict(list(found.items())[2:]) == pairs
     assert list(found)[2:][:len(first)] == first and len(first) == 3
@@ -202,10 +207,10 @@ def test_differences_equal_results(run):
 def test_other_tables(run):
     _, results, md, _ = run
     by_first = {first: cells for t in tables(md) for first, cells in t.items()}
-    assert by_first["rejected: judge"] == ["101"]
-    assert by_first["val balanced accuracy"] == ["81.5 %"]
-    assert by_first["hardness: parents_wrong"] == ["75.0 %"] and by_first["recall"] == [
-        "50.0 %", "87.5 %"]
+    assert by_first["hard out of fold"] == ["20.0 %", "30.0 %"]
+    assert by_first[f"balanced accuracy on val: naive ({MARK})"] == ["81.5 %"] * 2
+    assert by_first[f"parents wrong: naive ({MARK})"] == ["75.0 %"] * 2
+    assert by_first["kept"] == ["7"] and by_first["recall"] == ["50.0 %", "87.5 %"]
     assert by_first["Frechet distance"] == ["12.5", "2.25"]
     assert by_first["precision"] == ["n too small", "50.0 %"]
     assert by_first["chosen"] == ["0.3"]
@@ -274,14 +279,14 @@ def test_optimistic_arm_is_marked_wherever_a_number_stands(run):
     # a label is broken into lines: compare without the breaks
     said = [re.sub(r"(<[^>]*>|\s)+", " ", d.split("</desc>")[1]) for d in drawings if "naive" in d]
     assert [d.count("naive") for d in said] == [d.count(f"naive ({MARK})") for d in said]
-    assert sorted(d.count(MARK) for d in said) == [1, 2, 2]
+    assert sorted(d.count(MARK) for d in said) == [1, 1, 1, 2, 2, 2]
 
 
 def test_optimistic_guided_is_marked_everywhere(tmp_path):
     results = fake_results()
     results["arms"]["guided"]["optimistic"] = True
     md, _ = fake_run(tmp_path, results)
-    for name in ("forest_all", "forest_hard"):
+    for name in ("forest_all_balanced_accuracy", "forest_hard_accuracy"):
         assert f"guided ({MARK})" in (tmp_path / f"pictures/{name}.svg").read_text(), name
     shown = md[:md.index("## Settings")]
     assert all(MARK in line for line in shown.splitlines() if re.search(r"\bguided\b.*\d", line))
@@ -290,7 +295,10 @@ def test_optimistic_guided_is_marked_everywhere(tmp_path):
 def test_svg_files_are_xml_with_title_and_no_variables(run):
     folder = run[0]
     names = {p.stem for p in folder.glob("pictures/*.svg")}
-    assert names == {"forest_all", "forest_hard", "loss_ddpm", "loss_student"}
+    assert names == {"forest_all_balanced_accuracy", "forest_hard_accuracy",
+                     "forest_worst_group_sensitivity", "loss_ddpm", "loss_student",
+                     "rounds_hard_out_of_fold", "rounds_parents_wrong",
+                     "rounds_balanced_accuracy_on_val"}
     for path in folder.glob("pictures/*.svg"):
         root = ET.parse(path).getroot()
         assert [child.tag.split("}")[1] for child in root][:3] == ["title", "desc", "rect"]
@@ -301,13 +309,13 @@ def test_svg_files_are_xml_with_title_and_no_variables(run):
 def test_forest_marks_lie_where_the_ticks_say(run):
     """The numbers under the axis give the line from points to places; the marks must lie on it."""
     folder, results, _, _ = run
-    parts = list(ET.parse(folder / "pictures/forest_all.svg").getroot().iter())
+    parts = list(ET.parse(folder / "pictures/forest_all_balanced_accuracy.svg").getroot().iter())
     ticks = [(float(t.text), float(t.get("x"))) for t in parts if t.get("class") == "tick"]
     slope, start = np.polyfit(*zip(*ticks), 1)
     marks = [(float(t.get("cx")), float(t.get("cy"))) for t in parts if t.get("class") == "marker"]
-    rows = [c for c in results["comparisons"] if c["subset"] == "all"]
-    rows.sort(key=lambda c: c["arm"] != "guided")
-    expected = [slope * 100 * c["difference"] + start for c in rows]
+    rows = [c for c in results["comparisons"]
+            if (c["subset"], c["metric"]) == ("all", "balanced_accuracy")]
+    expected = [slope * 100 * c["value"] + start for c in rows]
     assert len(ticks) >= 3 and slope > 0
     assert [x for x, _ in marks] == pytest.approx(expected, abs=0.05)
     heights = [y for _, y in marks]
@@ -360,7 +368,7 @@ def test_a_leaking_split_is_said_at_the_top(tmp_path):
 
 def test_another_format_is_refused(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(fake_results() | {"format": 1}))
-    with pytest.raises(ValueError, match="results.json.* format is 1, not 2; run it again"):
+    with pytest.raises(ValueError, match="results.json.* format is 1, not 3; run it again"):
         report.write(tmp_path)
 
 
@@ -403,7 +411,7 @@ def test_scoring_again_gives_what_measures_gives_and_keeps_the_rest(tmp_path, ca
     (lambda folder: (folder / "results.json").unlink(), "results.json"),
     (lambda folder: (folder / "results.json").write_text('{"form'), "results.json cannot be used"),
     (lambda folder: (folder / "results.json").write_text("[]"), "results.json cannot be used"),
-    (lambda folder: (folder / "results.json").write_text('{"format": 1}'), "format is 1, not 2"),
+    (lambda folder: (folder / "results.json").write_text('{"format": 1}'), "format is 1, not 3"),
     (lambda folder: (folder / "predictions.npz").unlink(), "predictions.npz"),
     (lambda folder: (folder / "predictions.npz").write_bytes(b""), "predictions.npz cannot be"),
     (lambda folder: (folder / "predictions.npz").write_bytes(b"PK\3\4 rest"), "predictions.npz"),
