@@ -1,6 +1,5 @@
 """What a run tells: its data at the start, each round, and at the end predictions.npz,
 results.json, synthetic/, pictures/ and the report."""
-import csv
 import io
 import json
 from functools import reduce
@@ -12,7 +11,7 @@ import classifier
 import data
 from data import ImageSet
 from engine.augment import to_float
-from engine.run import Run, derive, environment, save_picture
+from engine.run import Run, csv_bytes, derive, environment, save_picture
 from evaluate import balanced_accuracy
 from extras import measures, pictures, report
 
@@ -130,9 +129,7 @@ def write_synthetic(run: Run, train: ImageSet, made: list, most: int) -> None:
             rows.append((file, m.children.sources[i], name, pictures.group_of(train, m.targets[i]),
                          m.children.folds[i], f"{m.judge[i]:.4f}", f"{m.distance[i]:.2f}",
                          derive(run.seed("synthesis", number), i)))
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    run.write("synthetic/synthetic.csv", text.getvalue())
+    run.write("synthetic/synthetic.csv", csv_bytes(rows))
 
 
 def predict(run: Run, splits: dict, finals: dict, reference: list, predict) -> dict:
