@@ -1,10 +1,10 @@
 """The whole experiment: train, find what fails, generate images like it, retrain, compare.
 
-    python loop.py --config config.yaml                 a new run in runs/config
-    python loop.py --resume runs/config                 go on with one that was stopped
+    python loop.py --config config.yaml                                  a run in runs/config
+    python loop.py --config config.yaml --set loop.seeds=5 --name five   another, in runs/five
+    python loop.py --resume runs/config                                  go on with a stopped one
 
-The only file that knows all. A resumed run walks the same lines: run.stage and run.train hand
-back what an earlier attempt has finished.
+A resumed run walks the same lines: run.stage and run.train hand back what is finished.
 """
 import sys
 from collections.abc import Callable
@@ -20,7 +20,7 @@ import ddpm
 from classifier import balanced_weights
 from data import DataError, ImageSet
 from engine.command import launch
-from engine.run import Progress, Run, fingerprint
+from engine.run import Progress, Run
 from extras import (estimate, external, few_labels,
                     measures, networks, outcome)
 from extras.children import (
@@ -65,11 +65,11 @@ def experiment(run: Run) -> None:
     splits = data.load(c.data, run.cache, Progress("data"))
     splits |= few_labels.hide(c.data, splits)
     splits |= external.load_made(c, splits["train"])
-    run.fingerprint = fingerprint(c, splits)
+    run.begin(splits)
     arms = outcome.begin(run, splits, ARMS)
     makers = {name: arm for name, arm in arms.items() if arm.child}
-    drawing = [a for a in arms.values() if a.child not in PLAIN]
-    estimate.tell(run, splits["train"], len(arms), len(drawing))
+    drawing = [a for a in makers if makers[a].child not in PLAIN]
+    estimate.tell(run, splits["train"], arms, drawing)
 
     # 2. Val chooses the strength of colour jitter, for all students.
     jitter, scores = networks.choose_jitter(run, splits, student, predict)

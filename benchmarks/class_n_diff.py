@@ -11,7 +11,6 @@ images (Frechet distance in the critic's features), how much of these do they co
 how well does each classifier do on test, and a student on real and generated images?
 Writes runs/class_n_diff_NAME.json, .md and .png; one that was stopped goes on where it was.
 """
-import argparse
 import json
 import sys
 from dataclasses import replace
@@ -28,7 +27,7 @@ import data
 import evaluate
 import loop
 from engine import config as configuration
-from engine.command import one_line
+from engine.command import Parser, one_line
 from engine.run import Progress, Run, environment, fingerprint, save_picture, write_bytes
 from extras import measures, networks, pictures, report
 from extras.children import Kit, from_noise
@@ -218,7 +217,7 @@ def told(found: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("class_n_diff.py", __doc__)
     parser.add_argument("--config", default="config.yaml")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--seeds", type=int, default=3)
@@ -247,6 +246,7 @@ def main() -> None:
         text = told([found[str(seed)] for seed in range(arguments.seeds)])
         print(text)
         write_bytes(path.with_suffix(".md"), text.encode())
+        print(f"wrote {path}.md, .json and .png")
 
 
 if __name__ == "__main__":

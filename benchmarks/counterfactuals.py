@@ -8,7 +8,6 @@ class: the distance to the truth (root mean square in grey levels, median; its f
 picture by the phantom), how often the critic, an oracle of the labels, finds the parent's class,
 and the mean difference of neighbouring pixels, which a student notices. Two minutes on two cores.
 """
-import argparse
 import functools
 import sys
 import time
@@ -28,7 +27,7 @@ from truth import carry
 from datasets import phantom
 from datasets.skin import recolour
 from engine.augment import to_float, to_uint8
-from engine.command import one_line
+from engine.command import Parser, one_line
 from engine.run import Run
 from engine.training import Noise
 from extras import few_labels, networks
@@ -109,7 +108,7 @@ def compare(run: Run) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("counterfactuals.py", __doc__)
     parser.add_argument("run", type=Path, help="a finished run on the phantom")
     with one_line("counterfactuals.py"):
         compare(Finished(parser.parse_args().run).run)

@@ -6,7 +6,6 @@ An oracle (a ResNet trained on a second, large draw) says of images from pure no
 the class that was asked for; its features give the Frechet distance to as many real images of the
 same classes and skin types, and two real draws its floor. Under 20 minutes on two cores.
 """
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -16,9 +15,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import classifier
-from engine import config as configuration
 import ddpm
 from datasets import phantom
+from engine import config as configuration
+from engine.command import Parser, one_line
 from engine.augment import to_float, to_uint8
 from engine.training import Noise, seeded
 from extras.measures import frechet_distance
@@ -35,8 +35,9 @@ def train_oracle(size: int, bf16: bool, count: int = 8000, steps: int = 1500) ->
     return network
 
 
+@one_line("eps_or_v.py")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("eps_or_v.py", __doc__)
     parser.add_argument("--config", default="config.yaml")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--only", choices=("eps", "v"))

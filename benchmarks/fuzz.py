@@ -6,7 +6,6 @@ Every case goes through the command line of loop.py, with an experiment that end
 split (the phantom is not drawn). Wanted is status 0, or status 2 with one line; whatever else comes
 is printed with its case, and the status is 1. A few minutes on one core.
 """
-import argparse
 import contextlib
 import io
 import os
@@ -22,7 +21,7 @@ import data
 from datasets.layouts import HAM_CLASSES
 from ddpm import SAMPLERS
 from engine import config as configuration
-from engine.command import launch
+from engine.command import Parser, launch, one_line
 from engine.run import fingerprint
 from extras import external, few_labels
 from guidance import OBJECTIVES
@@ -97,8 +96,9 @@ def knock(arguments: list[str]) -> tuple[int | None, str]:
     return status, "" if right else f"status {status}, {lines}"
 
 
+@one_line("fuzz.py")
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("fuzz.py", __doc__)
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)

@@ -7,7 +7,6 @@ share of what an attempt to finish it takes, until it has been killed `kills` ti
 and compared. Half of the kills fall on the moment at which some file is being written, between its
 temporary name and its own. About 10 minutes on two cores.
 """
-import argparse
 import os
 import random
 import shutil
@@ -19,6 +18,8 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(HERE))
+from engine.command import Parser, one_line
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
@@ -47,12 +48,15 @@ def newest(folder: Path) -> str:
     return str(max(files, key=lambda p: p.stat().st_mtime).relative_to(folder)) if files else "-"
 
 
+@one_line("interrupt.py")
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("interrupt.py", __doc__)
     parser.add_argument("--config", default=str(HERE / "configs/tiny.yaml"))
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if not Path(arguments.config).is_file():
+        parser.error(f"--config: no file {arguments.config}")
     config, rng = str(Path(arguments.config).resolve()), random.Random(arguments.seed)
     name = Path(config).stem
     os.chdir(tempfile.mkdtemp())
@@ -65,7 +69,7 @@ def main() -> int:
 
     folder, kills, rounds = Path("runs", name), 0, 0
     while kills < arguments.kills:
-        begun = folder / "config.yaml"
+        begun = folder / "config.yaml"      # beside a lock: that is made first
         if not begun.exists():
             shutil.rmtree(folder, ignore_errors=True)   # killed before there was anything to resume
             rounds += 1

@@ -7,7 +7,6 @@ training image of a thousand among all of them; synthetic images written with th
 and a row each. Each part is a process of its own. Needs 600 MB of disk in the temporary folder for
 its time.
 """
-import argparse
 import os
 import resource
 import sys
@@ -22,6 +21,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 from engine import config as configuration
+from engine.command import Parser, one_line
 from engine.run import Progress, Run
 from extras import measures, outcome
 from loop import Candidates
@@ -71,8 +71,9 @@ def measured(part, count: int, answer) -> None:
     answer.put((time.monotonic() - begun, peak))
 
 
+@one_line("load.py")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("load.py", __doc__)
     parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--rows", type=int, default=10_000)
     arguments = parser.parse_args()

@@ -12,7 +12,6 @@ variance takes 1 / draws + test images / training images in place of 1 / draws (
 2003, "Inference for the generalization error"), a rule of thumb where most images have no label.
 Writes runs/draws_NAME.md and .svg. One that was stopped goes on where it was.
 """
-import argparse
 import json
 import sys
 from collections import Counter
@@ -22,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate
-from engine.command import one_line
+from engine.command import Parser, one_line
 from engine.run import write_bytes
 from extras import plots, report
 from when_does_it_help import finished
@@ -133,7 +132,7 @@ def told(draws: list[int], folders: list[Path], found: list[dict]) -> tuple[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("many_draws.py", __doc__)
     parser.add_argument("--config", default="config.yaml")
     parser.add_argument("--draws", type=int, nargs="+", required=True)
     parser.add_argument("--set", action="append", default=[])
@@ -153,6 +152,7 @@ def main() -> None:
         write_bytes(path.with_suffix(".md"), text.encode())
         plot = plots.forest(drawn, f"Gains of guided, means of {len(found)} draws", "points")
         write_bytes(path.with_suffix(".svg"), plots.standalone(plot).encode())
+        print(f"wrote {path}.md and {path}.svg")
 
 
 if __name__ == "__main__":

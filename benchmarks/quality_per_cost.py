@@ -17,7 +17,6 @@ Writes runs/quality_per_cost.md and four .svg. What is finished is kept in runs/
 not done again with the same config: remove it after a change of the code. Under 2 hours on two
 cores, a third of it DDPM's 1,000 steps.
 """
-import argparse
 import functools
 import sys
 import time
@@ -38,7 +37,7 @@ import loop
 from datasets import phantom
 from engine import config as configuration
 from engine.augment import to_uint8
-from engine.command import one_line
+from engine.command import Parser, one_line
 from engine.run import Progress, Run, environment, fingerprint, write_bytes
 from engine.training import Noise, seeded
 from extras import networks, plots
@@ -249,7 +248,7 @@ def plot(folder: Path, what: str, rows: list[dict], axis: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("quality_per_cost.py", __doc__)
     parser.add_argument("--config", default="config.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     parser.add_argument("--seconds", type=float, default=1200, help="of diffusers' training")
@@ -279,6 +278,7 @@ def main() -> None:
         plot(folder, "training", trained, "seconds of training")
         plot(folder, "sampling", [row for row in few if "guided" not in row["name"]] +
              [row for row in few if "guided" in row["name"]], "evaluations of the UNet")
+        print(f"wrote {folder}.md and two plots in {folder}")
 
 
 if __name__ == "__main__":

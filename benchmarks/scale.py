@@ -10,7 +10,6 @@ their parent. A hundredth is generated, val and test each. Memory is the peak of
 imports (torch among them), what an earlier phase freed but the process kept included; on Linux
 alone. Under 10 minutes on two cores.
 """
-import argparse
 import contextlib
 import math
 import os
@@ -28,7 +27,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine import config as configuration
 import loop
-from engine.command import one_line
+from engine.command import Parser, one_line
 from engine.run import Run
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs/ham10000_cpu.yaml"
@@ -127,7 +126,7 @@ def show(title: str, columns: dict, tenfold: float = 0.0) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("scale.py", __doc__)
     parser.add_argument("--images", type=int, nargs="+", default=[1000, 10_000])
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")

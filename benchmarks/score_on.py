@@ -4,8 +4,6 @@
 
 Seconds to minutes: the images are decoded and scored, nothing is trained.
 """
-import argparse
-import hashlib
 import json
 import sys
 from dataclasses import replace
@@ -21,9 +19,9 @@ from finished import Finished
 from data import DataError, ImageSet
 from datasets import layouts
 from engine import config as configuration
-from engine.command import one_line
+from engine.command import Parser, one_line
 from engine.config import Config
-from engine.run import Progress, write_bytes
+from engine.run import Progress, RunError, digests, mapping, write_bytes
 from extras import measures, outcome, report
 
 
@@ -31,22 +29,23 @@ def score_on(folder: Path, name: str, other: Config) -> dict:
     """Score a finished run's students on all images of another data set, as an external test.
 
     Classes and groups are matched by name, in any case; images of other classes are left out, and
-    so are those that the run learnt or chose from (the same pixels in any split but its test).
-    Thresholds are the run's own. Writes folder/external_<name>.json and returns what stands in it.
+    so are those that the run learnt or chose from, by its seen.json: the same pixels in any split
+    but its test, whatever its folder holds today, and where that very folder is scored other
+    photographs of those lesions too. Thresholds are the run's own. Writes
+    folder/external_<name>.json and returns what stands in it.
     """
     finished, progress = Finished(folder), Progress("images")
     c, p, cache = finished.run.config, finished.predictions, folder.parent / "cache"
-    own = data.load(c.data, finished.run.cache, progress)   # all of train, hidden labels or not
     other = other.replace("data", size=c.data.size)
     images = whole(other.data, cache / f"on_{name}_{c.data.size}", progress)
     progress.end()
 
-    def digests(some):
-        return [hashlib.sha256(image.tobytes()).digest() for image in some.images]
-    known = {digest for split in own if split != "test" for digest in digests(own[split])}
-    learnt = np.array([digest in known for digest in digests(images)])
+    pixels, lesions = known(finished)
+    learnt = np.isin(digests(images.images), pixels)
+    same = other.data.root and Path(other.data.root).resolve() == Path(c.data.root).resolve()
+    sisters = ~learnt & np.isin(images.lesions, lesions if same else [])
     labels = matched(images.class_names, finished.class_names)[images.labels]
-    keep = ~learnt & (labels >= 0)
+    keep = ~learnt & ~sisters & (labels >= 0)
     if not keep.any():
         raise DataError(f"--on {name}: nothing is left to score; its classes are "
                         f"{', '.join(images.class_names)}, the run's "
@@ -69,12 +68,31 @@ def score_on(folder: Path, name: str, other: Config) -> dict:
     for arm, entry in scored["arms"].items():
         entry["added"] = finished.results["arms"][arm]["added"]
     found = {"run": folder.name, "on": name, "learnt_from": int(learnt.sum()),
+             "other_photographs": int(sisters.sum()),
              "unmapped": {n: int((images.labels[labels < 0] == i).sum()) for i, n in
                           enumerate(images.class_names) if (images.labels[labels < 0] == i).any()},
              "absent": [n for n, none in zip(finished.class_names, absent) if none],
              "config": {"evaluate": settings}, "splits": {"test": outcome.counts(test)}, **scored}
     write_bytes(folder / f"external_{name}.json", (json.dumps(found, indent=1) + "\n").encode())
     return found
+
+
+def known(finished: Finished) -> tuple[list[str], list[str]]:
+    """Digests of the images that the run learnt or chose from, and their lesions: all but test."""
+    path = finished.run.folder / "seen.json"
+    seen = mapping(path)
+    try:
+        if seen["fingerprint"] != finished.run.fingerprint:
+            raise LookupError("it is another run's")
+        parts = [seen[name] for name in seen if name not in ("fingerprint", "test")]
+        if any(len(seen[name]["pixels"]) != finished.results["splits"][name]["images"]
+               for name in ("val", "test")):
+            raise LookupError("it holds other splits")
+        return (sum((part["pixels"] for part in parts), []),
+                sum((part["lesions"] for part in parts), []))
+    except (LookupError, TypeError) as error:
+        raise RunError(f"{path}: cannot tell which images the run learnt from ({error}); run it "
+                       "again") from None
 
 
 def whole(c, cache: Path, progress: Progress) -> ImageSet:
@@ -99,7 +117,8 @@ def told(found: dict) -> str:
     unmapped = ", ".join(f"{name} {count}" for name, count in found["unmapped"].items())
     return (f"{found['splits']['test']['images']} images of {found['on']}, scored by the students "
             f"of {found['run']}; left out: {found['learnt_from']} that the run learnt or chose "
-            f"from, and the classes that it does not know: {unmapped or 'none'}; its classes "
+            f"from (the same pixels), {found['other_photographs']} of the same lesions, and the "
+            f"classes that it does not know: {unmapped or 'none'}; its classes "
             f"without an image there: {', '.join(found['absent']) or 'none'}\n\n"
             + report.markdown([*report.arm_table(found, "All of them", ALL),
                                *report.before_and_after(found)]))
@@ -107,7 +126,7 @@ def told(found: dict) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; whatever is wrong ends in one line and status 2."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("score_on.py", __doc__)
     parser.add_argument("run", type=Path, help="a finished run, runs/NAME")
     parser.add_argument("--on", type=Path, required=True, help="the config of another data set")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
@@ -115,6 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     with one_line("score_on.py"):
         other = configuration.load(arguments.on, arguments.set)
         print(told(score_on(arguments.run, arguments.on.stem, other)))
+        print(f"wrote {arguments.run}/external_{arguments.on.stem}.json")
     return 0
 
 

@@ -14,7 +14,6 @@ default input, 2 x 2 pixels to a channel, which does a quarter of the work: no f
 it has a line of its own. Guided sampling: one small guide beside a guide of the UNet's own width,
 as in guided-diffusion.
 """
-import argparse
 import statistics
 import sys
 import time
@@ -31,6 +30,7 @@ import classifier
 import ddpm
 import diffusers_unet
 import guidance
+from engine.command import Parser, one_line
 from engine.training import EMA, Recorded, keep_freed_memory, seeded
 from unet import UNet
 
@@ -184,8 +184,9 @@ def shares(name: str) -> list[tuple[str, float]]:
                   key=lambda row: -row[1])
 
 
+@one_line("speed.py")
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("speed.py", __doc__)
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
     gflop, where = {}, {}

@@ -1,7 +1,8 @@
-"""The command line of a run, and one clear line with exit status 2 for whatever goes wrong."""
+"""The command line, and one clear line with exit status 2 for whatever goes wrong."""
 import argparse
 import contextlib
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -13,42 +14,105 @@ import yaml
 
 from datasets.layouts import DataError
 from engine import config as configuration
-from engine.config import ConfigError
-from engine.run import Run, RunError, device_name, locked, new_folder, pick_device, write_bytes
+from engine.config import ConfigError, require
+from engine.run import (Done, Run, RunError, commit, locked, new_folder,
+                        pick_device, write_bytes)
+
+MEMORY = MemoryError, torch.OutOfMemoryError, torch.AcceleratorError
+STATUS = {KeyboardInterrupt: 130}       # of all else: 2
+OUTSIDE = (KeyboardInterrupt, OSError, *MEMORY)      # a resumed run may go better
+TROUBLE = (ConfigError, DataError, RunError, FloatingPointError, *OUTSIDE)
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's arguments. --help is its docstring, examples and all; wrong ones are one line."""
+
+    def __init__(self, program: str, about: str):
+        super().__init__(prog=program, description=about, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.add_argument("--version", action="version", version=(
+            f"commit {commit()}, torch {torch.__version__}, Python {platform.python_version()}"))
+
+    def error(self, message: str):
+        last_words(f"{self.prog}: {message}; see {self.prog} --help")
+        sys.exit(2)
 
 
 @contextlib.contextmanager
 def one_line(program: str) -> Iterator[None]:
-    """What is wrong with config, data, disk or numbers ends the program in one line, status 2."""
+    """What is wrong with config, data, disk or numbers ends the program in one line, status 2;
+    Ctrl-C with status 130."""
     try:
-        yield
-    except (ValueError, OSError, RunError, FloatingPointError) as error:
-        print(f"{program}:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        open_streams()
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except (ValueError, *TROUBLE) as error:
+        last_words(f"{program}: {said(error)}")
+        sys.exit(STATUS.get(type(error), 2))
+
+
+def open_streams() -> None:
+    """Have stdout and stderr write any text there is. Raises RunError where stdout is closed."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    if sys.stdout is None:
+        raise RunError("standard output is closed: send it to a file, or to /dev/null")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):      # not where a notebook listens
+            stream.reconfigure(errors="backslashreplace")
+
+
+def last_words(line: str) -> None:
+    """Say why it ends. What can no longer be written is let go, or Python would complain of it."""
+    for stream, text in ((sys.stderr, f"{line}\n"), (sys.stdout, "")):
+        try:
+            print(text, end="", file=stream, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def said(error: BaseException) -> str:
+    """What went wrong in one line, and which keys make a batch smaller where that is what helps."""
+    text = str(error)
+    if isinstance(error, KeyboardInterrupt):
+        text = "stopped"
+    elif isinstance(error, OSError):    # the disk is full, a folder is gone or may not be written
+        text = f"{error.filename or 'output'}: {error.strerror or error}"
+    elif isinstance(error, MEMORY):
+        text = (text.strip() or "out of memory").split("\n")[0]
+        if not isinstance(error, torch.AcceleratorError):
+            text += "; halve ddpm.batch or classifier.batch, whichever stage it was, in a new run"
+    return " ".join(text.split())
 
 
 def launch(experiment: Callable[[Run], None], known: dict, argv: list[str] | None = None) -> int:
     """python loop.py --config or --resume: experiment(run), and the exit status. known: see
     config.load."""
-    parser = argparse.ArgumentParser(description="Guide a diffusion model to a classifier's "
-                                                 "failures, retrain, compare.")
+    parser = Parser("loop.py", sys.modules[experiment.__module__].__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--config", help="a yaml file; the run goes to runs/<its name>")
     which.add_argument("--resume", metavar="runs/NAME", help="go on with a run that was stopped")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
-    arguments = parser.parse_args(argv)
-    new, device, goes_on = arguments.resume is None, None, True
+    parser.add_argument("--name", help="the run goes to runs/NAME")
+    with one_line("loop.py"):
+        arguments = parser.parse_args(argv)
+    new = arguments.resume is None
     folder = None if new else Path(arguments.resume)
     path = arguments.config if new else folder / "config.yaml"
     try:
-        if not new and arguments.set:
-            raise ConfigError("--set: a resumed run keeps its own config; start a new run")
-        if not new and not path.is_file():
-            raise ConfigError(f"--resume {folder}: no run there, it has no config.yaml")
+        require(new or not (arguments.set or arguments.name), "--resume: a resumed run keeps its "
+                "own config and name; for another --set or --name start a new run with --config")
+        require(new or path.is_file() and (folder / "lock").is_file(), f"--resume {folder}: no run "
+                "there, it has no config.yaml with a file 'lock' beside it")
         config = configuration.load(path, arguments.set, known)
-        device = device_name(pick_device(config.loop.device))
+        name = Path(path).stem if arguments.name is None else arguments.name
+        require(name.isprintable() and name == Path(name).name not in ("", "..", "cache"),
+                f"--name: found {name!r}; write a new folder's name, no path, and not 'cache'")
+        pick_device(config.loop.device)
         if new:
-            folder = new_folder(Path("runs"), Path(path).stem)
+            folder = new_folder(Path("runs"), name)
+            (folder / "lock").touch()
             text = yaml.safe_dump(config.as_dict(), sort_keys=False)
             write_bytes(folder / "config.yaml", text.encode())
         with locked(folder), stoppable(folder):
@@ -57,27 +121,19 @@ def launch(experiment: Callable[[Run], None], known: dict, argv: list[str] | Non
                 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"       # wanted by the next line
                 torch.use_deterministic_algorithms(True)
             experiment(Run(folder, config))
+            sys.stdout.flush()
         return 0
-    except (ConfigError, DataError, RunError, FloatingPointError) as error:
-        problem, goes_on = str(error), False
-    except OSError as error:        # the disk is full, the folder is gone or may not be written to
-        problem = f"{error.filename or folder}: {error.strerror or error}"
-    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError) as error:
-        problem = out_of_memory(device, error)
-    if new and folder and not any((folder / "checkpoints").glob("*")):
-        shutil.rmtree(folder, ignore_errors=True)       # made a moment ago, and nothing in it yet
-    elif goes_on and folder and folder.exists():
-        problem += f"; what was finished is kept, go on with: python loop.py --resume {folder}"
-    print("loop.py:", " ".join(problem.split()), file=sys.stderr)
-    return 2
-
-
-def out_of_memory(device: str, error: BaseException) -> str:
-    """One line, and which keys make a batch smaller where that is what helps."""
-    said = (str(error).strip() or "out of memory").split("\n")[0]
-    if not isinstance(error, torch.AcceleratorError):
-        said += "; halve ddpm.batch or classifier.batch, whichever stage it was, in a new run"
-    return f"{device}: {said}"
+    except Done as done:
+        print(done, flush=True)
+        return 0
+    except TROUBLE as error:
+        problem = said(error)
+        if new and folder and not any((folder / "checkpoints").glob("*")):
+            shutil.rmtree(folder, ignore_errors=True)   # made a moment ago, and nothing in it yet
+        elif folder and folder.exists() and isinstance(error, OUTSIDE):
+            problem += f"; what was finished is kept, go on with: python loop.py --resume {folder}"
+        last_words(f"loop.py: {problem}")
+        return STATUS.get(type(error), 2)
 
 
 @contextlib.contextmanager
@@ -85,7 +141,11 @@ def stoppable(folder: Path) -> Iterator[None]:
     """Ctrl-C and SIGTERM end the process with one line, once torch has finished what it computes.
     Nothing is tidied up: every file is whole or absent."""
     def stop(number, _):
-        print(f"\nstopped; go on with: python loop.py --resume {folder}", file=sys.stderr)
+        line = f"\nstopped; go on with: python loop.py --resume {folder}\n"
+        with contextlib.suppress(OSError):
+            os.write(2, line.encode(errors="replace"))
+        with contextlib.suppress(OSError, RuntimeError):    # it may be in the midst of a print
+            sys.stdout.flush()
         os._exit(128 + number)
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -2,6 +2,7 @@
 
 Every file is whole or not there: a run that is stopped anywhere goes on from the last whole one."""
 import contextlib
+import csv
 import functools
 import hashlib
 import io
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ try:
 except ImportError:     # Windows: two processes on one run are not told apart
     fcntl = None
 
+PLACES = "data.root", "loop.device", "guidance.external", "classifier.weights"
 FORMAT = 3          # of the checkpoints; another number is not used
 UNUSABLE = (        # what is wrong where the first n words of a checkpoint's note differ
     (2, f"no whole checkpoint of format {FORMAT}"),
@@ -38,20 +40,54 @@ class RunError(RuntimeError):
     """One line: what of the run folder cannot be used, and what to do."""
 
 
+class Done(Exception):
+    """One line: there is nothing left to do, and where the report is."""
+
+
 class Run:
     """runs/NAME: its config, device and seeds, and what it has finished so far.
     A checkpoint of another fingerprint is not used. seconds: from one save of a training to the
-    next, so what kill -9 loses of it at most."""
+    next, so what kill -9 loses of it at most. reading: nothing of the folder is changed."""
 
     def __init__(self, folder: Path, config: Config, fingerprint: str = "none",
-                 seconds: float = 30):
+                 seconds: float = 30, reading: bool = False):
         self.folder, self.config, self.fingerprint = folder, config, fingerprint
         self.seconds, self.saved = seconds, 0.0     # when a training was last saved
+        self.reading, self.plan, self.pace = reading, {}, 1.0   # seconds by stage; how true so far
         self.device = pick_device(config.loop.device)
         self.bf16 = pick_bf16(config.loop.bf16, self.device)
         self.cache = folder.parent / "cache" / f"{config.data.kind}_{config.data.size}"
         self.checkpoints = folder / "checkpoints"
-        self.checkpoints.mkdir(exist_ok=True)
+        if not reading:
+            self.checkpoints.mkdir(exist_ok=True)
+
+    def begin(self, splits: dict) -> None:
+        """Know the fingerprint, and write to seen.json which images this run sees. What the folder
+        holds of another config or of other data is set aside. Raises Done after the last stage."""
+        self.fingerprint, folder = fingerprint(self.config, splits), self.folder
+        before = mapping(folder / "seen.json").get("fingerprint", self.fingerprint)
+        if before != self.fingerprint:
+            aside = new_folder(folder, "before")
+            for path in sorted(folder.iterdir(), key=lambda p: p.name == "seen.json"):
+                if path.name not in ("config.yaml", "lock") and not path.name.startswith("before"):
+                    os.replace(path, aside / path.name)
+            self.checkpoints.mkdir()
+            print(f"config or data were changed since it began; what it made is now in {aside}")
+        seen = {name: {"pixels": digests(s.images), "lesions": sorted({*s.lesions.tolist()})}
+                for name, s in splits.items()}
+        self.write("seen.json", json.dumps({"fingerprint": self.fingerprint, **seen}))
+        if mapping(folder / "results.json").get("fingerprint") == self.fingerprint and (
+                folder / "report.html").exists():
+            raise Done(f"{folder} is finished, nothing is left to do; its report: {folder}/report."
+                       f"html (to make it anew, remove {folder}/results.json)")
+
+    def progress(self, name: str, done: int = 0) -> "Progress":
+        """That of a stage: its place in the plan, and how long those after it will take."""
+        if name not in self.plan:
+            return Progress(name, done)
+        place, foreseen = list(self.plan).index(name) + 1, list(self.plan.values())
+        return Progress(f"stage {place} of {len(foreseen)}, {name}", done,
+                        self.pace * sum(foreseen[place:]))
 
     def seed(self, *words) -> int:
         """A seed for every purpose: unrelated streams of (the run's seed, name, number, ...)."""
@@ -89,7 +125,7 @@ class Run:
         stored = self.load(name, self.device)
         if stored is None:
             state = self.load(partial, self.device)
-            progress, self.saved = Progress(name, state["step"] if state else 0), begun
+            progress, self.saved = self.progress(name, state["step"] if state else 0), begun
             try:
                 fit(network, *args, **settings, bf16=self.bf16, state=state,
                     save=functools.partial(self.save_sometimes, partial),
@@ -100,6 +136,8 @@ class Run:
             stored = {"network": network.state_dict()}
             self.finish(name, stored, begun)
             progress.end()
+            if self.plan.get(name) and state is None:
+                self.pace = (time.monotonic() - begun) / self.plan[name]
         network.load_state_dict(stored["network"])
         for old in (partial, f"{partial}.previous"):
             self.path(old).unlink(missing_ok=True)
@@ -139,7 +177,8 @@ class Run:
 
     def load(self, name: str, device="cpu") -> dict | None:
         """What `save` was last given, or None. A checkpoint that is truncated, damaged or foreign
-        is named on stderr and set aside as *.bad; the one before it is used."""
+        is named on stderr and set aside as *.bad; the one before it is used. Raises RunError
+        instead where the run is only read."""
         for path in (self.path(name), self.path(f"{name}.previous")):
             if not path.exists():
                 continue
@@ -151,6 +190,8 @@ class Run:
                     return torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
             except pickle.UnpicklingError:
                 problem = "it holds more than tensors, numbers and text"
+            if self.reading:
+                raise RunError(f"{path}: {problem}; remove it and results.json, then --resume")
             os.replace(path, path.with_suffix(".bad"))
             print(f"{path}: {problem}; set aside as {path.stem}.bad, going on from what was before",
                   file=sys.stderr)
@@ -177,7 +218,7 @@ def fingerprint(config: Config, splits: dict) -> str:
     """Stands for all that a checkpoint depends on: the config but for how it is scored and where
     files lie, and what these hold."""
     matters = config.as_dict() | {"evaluate": config.evaluate.oracle}
-    for key in "data.root", "loop.device", "guidance.external", "classifier.weights":
+    for key in PLACES:
         section, name = key.split(".")
         del matters[section][name]
     if weights := config.classifier.weights:
@@ -187,6 +228,29 @@ def fingerprint(config: Config, splits: dict) -> str:
         for array in (s.images, s.labels, s.groups, s.folds, s.sources):
             digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()[:16]
+
+
+def digests(images: np.ndarray) -> list[str]:
+    """A short name of each image's pixels."""
+    return [hashlib.sha256(image.tobytes()).hexdigest()[:20] for image in images]
+
+
+def mapping(path: Path) -> dict:
+    """What a json file holds; {} if it is absent, damaged or something else."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if isinstance(found := json.loads(path.read_text(encoding="utf-8")), dict):
+            return found
+    return {}
+
+
+def csv_bytes(rows: Iterable) -> bytes:
+    """A csv. Text that a spreadsheet would run as a formula gets an apostrophe in front (OWASP, CSV
+    injection); external.read_made takes it off again."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(
+        ["'" * str(cell).startswith(tuple("=+-@\t\r")) + cell if isinstance(cell, str) else cell
+         for cell in row] for row in rows)
+    return text.getvalue().encode()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -208,10 +272,13 @@ def save_picture(path: Path, picture) -> None:
 
 def new_folder(root: Path, name: str) -> Path:
     """root/name, or root/name-2, -3, ...: the first that does not exist yet, made."""
+    if os.path.lexists(root) and not root.is_dir():
+        raise RunError(f"{root}: no folder, but a file or a link to nowhere; move it away")
+    root.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         folder = root / (name if number == 1 else f"{name}-{number}")
         with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
 
 
@@ -237,10 +304,11 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """One updating line on a terminal, a plain line every 20 seconds in a pipe."""
+    """One updating line on a terminal, a plain line every 20 seconds in a pipe.
+    later: seconds that the run will take after this stage."""
 
-    def __init__(self, stage: str, done: int = 0):
-        self.stage, self.first = stage, done
+    def __init__(self, stage: str, done: int = 0, later: float | None = None):
+        self.stage, self.first, self.later = stage, done, later
         self.begun = self.shown = time.monotonic()
         self.clear, self.newline, self.wait = (
             ("\r\x1b[K", "", 0.2) if sys.stderr.isatty() else ("", "\n", 20))
@@ -250,7 +318,9 @@ class Progress:
         if now - self.shown >= self.wait:
             self.shown = now
             rate = max(done - self.first, 1e-9) / (now - self.begun)
-            self.say(f"{done}/{total}, {rate:.3g} a second, {clock((total - done) / rate)} left"
+            left = (total - done) / rate
+            whole = "" if self.later is None else f" (of the run {clock(left + self.later)})"
+            self.say(f"{done}/{total}, {rate:.3g} a second, {clock(left)} left{whole}"
                      + (note and f", {note}"), self.newline)
 
     def end(self) -> None:
@@ -258,7 +328,8 @@ class Progress:
         self.say(clock(time.monotonic() - self.begun))
 
     def say(self, text: str, newline: str = "\n") -> None:
-        print(f"{self.clear}{self.stage}: {text}", end=newline, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):      # nobody listens any more: no reason to end
+            print(f"{self.clear}{self.stage}: {text}", end=newline, file=sys.stderr, flush=True)
 
 
 def pick_device(name: str) -> torch.device:
@@ -289,11 +360,17 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({name})"
 
 
-def environment(run: Run) -> dict:
-    """What else the numbers depend on. No host or user names."""
+@functools.cache
+def commit() -> str:
+    """Which state of the program this is."""
     git = subprocess.run("git describe --always --dirty", shell=True, text=True,
                          cwd=Path(__file__).parent, capture_output=True)
+    return git.stdout.strip() or "unknown"
+
+
+def environment(run: Run) -> dict:
+    """What else the numbers depend on. No host or user names."""
     return {"python": platform.python_version(), "torch": torch.__version__,
             "numpy": np.__version__, "device": device_name(run.device),
             "threads": torch.get_num_threads(), "precision": "bf16" if run.bf16 else "fp32",
-            "commit": git.stdout.strip() or "unknown"}
+            "commit": commit()}

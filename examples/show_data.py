@@ -1,13 +1,15 @@
 """Show a data set: how many images of each class and group, what was left out, a contact sheet.
 
-    python examples/show_data.py --config config.yaml [--set section.key=value] [--out FILE.png]
+    python examples/show_data.py --config config.yaml                        into runs/data.png
+    python examples/show_data.py --config config.yaml --out sheet.png
+    python examples/show_data.py --config configs/ham10000.yaml --set data.root=PATH
 """
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
+from arguments import output, parser
 from engine import config as configuration
 from engine.command import one_line
 from engine.run import Progress, save_picture
@@ -15,25 +17,22 @@ from extras.outcome import described, leaked_share
 from extras.pictures import by_class_and_group
 
 
+@one_line("show_data.py")
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
-    parser.add_argument("--out", type=Path, default=Path("runs/data.png"))
-    arguments = parser.parse_args(argv)
-    with one_line("show_data.py"):
-        c, out = configuration.load(arguments.config, arguments.set), arguments.out
+    asked = parser("show_data.py", __doc__)
+    asked.add_argument("--out", type=output(".png"), default="runs/data.png")
+    arguments = asked.parse_args(argv)
+    c, out = configuration.load(arguments.config, arguments.set), arguments.out
 
-        # Split by lesion; decoded images are kept beside the picture.
-        out.parent.mkdir(parents=True, exist_ok=True)
-        splits = data.load(c.data, cache=out.with_suffix(""), progress=Progress("data"))
-        save_picture(out, by_class_and_group(splits["train"]))
+    # Split by lesion; decoded images are kept beside the picture.
+    splits = data.load(c.data, cache=out.with_suffix(""), progress=Progress("data"))
+    save_picture(out, by_class_and_group(splits["train"]))
 
-        print(described(splits), *splits["train"].notes, sep="\n")
-        leaked = leaked_share(splits)
-        print("share of test images whose lesion is also in train:",
-              ", ".join(f"{name} {share:.0%}" for name, share in leaked.items()))
-        print(f"wrote {out}: training images, a row a class, columns by group")
+    print(described(splits), *splits["train"].notes, sep="\n")
+    leaked = leaked_share(splits)
+    print("share of test images whose lesion is also in train:",
+          ", ".join(f"{name} {share:.0%}" for name, share in leaked.items()))
+    print(f"wrote {out}: training images, a row a class, columns by group")
 
 
 if __name__ == "__main__":

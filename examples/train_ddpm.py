@@ -1,8 +1,8 @@
 """Train the diffusion model alone; draw every class on every group from pure noise.
 
-    python examples/train_ddpm.py --config config.yaml [--sampler dpm] [--steps 20]
+    python examples/train_ddpm.py --config config.yaml                       into ddpm.png
+    python examples/train_ddpm.py --config config.yaml --sampler dpm --steps 20 --out dpm.png
 """
-import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import ddpm
+from arguments import output, parser
 from engine import config as configuration
 from engine.augment import to_uint8
 from engine.command import one_line
@@ -45,22 +46,21 @@ def samples(c, real, sampler, steps):
     return replace(blank, images=to_uint8(x).cpu().numpy(), labels=asked[:, 0], groups=asked[:, 1])
 
 
+@one_line("train_ddpm.py")
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
-    parser.add_argument("--sampler", choices=ddpm.SAMPLERS, default="ddim")
-    parser.add_argument("--steps", type=int, default=50, help="of the sampler")
-    parser.add_argument("--out", type=Path, default=Path("ddpm.png"), help="the picture to write")
-    arguments = parser.parse_args(argv)
-    with one_line("train_ddpm.py"):
-        c = configuration.load(arguments.config, arguments.set)
-        train = data.load(c.data)["train"]
-        made = samples(c, train, arguments.sampler, arguments.steps)
-        save_picture(arguments.out, by_class_and_group(train, made, each=1,
-                                                       words=("real", "made")))
-        print(f"wrote {arguments.out}: a row a class, a pair a group, real and from pure noise by "
-              f"{arguments.sampler} in {arguments.steps} steps")
+    asked = parser("train_ddpm.py", __doc__)
+    asked.add_argument("--sampler", choices=ddpm.SAMPLERS, default="ddim")
+    asked.add_argument("--steps", type=int, default=50, help="of the sampler")
+    asked.add_argument("--out", type=output(".png"), default="ddpm.png", help="the picture")
+    arguments = asked.parse_args(argv)
+    c = configuration.load(arguments.config, arguments.set)
+    if not 1 <= arguments.steps <= c.ddpm.T:
+        asked.error(f"--steps: found {arguments.steps}, write 1 to ddpm.T, {c.ddpm.T}")
+    train = data.load(c.data)["train"]
+    made = samples(c, train, arguments.sampler, arguments.steps)
+    save_picture(arguments.out, by_class_and_group(train, made, each=1, words=("real", "made")))
+    print(f"wrote {arguments.out}: a row a class, a pair a group, real and from pure noise by "
+          f"{arguments.sampler} in {arguments.steps} steps")
 
 
 if __name__ == "__main__":

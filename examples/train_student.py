@@ -1,8 +1,8 @@
 """Train one student, the classifier that diagnoses, and score it on val.
 
-    python examples/train_student.py --config config.yaml [--set classifier.steps=300]
+    python examples/train_student.py --config config.yaml
+    python examples/train_student.py --config config.yaml --set classifier.steps=300
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -13,37 +13,36 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import classifier
 import data
 import evaluate
+from arguments import parser
 from engine import config as configuration
 from engine.command import one_line
 from engine.run import Progress, pick_device
 from engine.training import seeded
 
 
+@one_line("train_student.py")
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
-    arguments = parser.parse_args(argv)
-    with one_line("train_student.py"):
-        c = configuration.load(arguments.config, arguments.set)
-        k, device, progress = c.classifier, pick_device(c.loop.device), Progress("student")
-        splits = data.load(c.data)
-        train, val = splits["train"], splits["val"]     # test is scored once, by loop.py
+    arguments = parser("train_student.py", __doc__).parse_args(argv)
+    c = configuration.load(arguments.config, arguments.set)
+    k, device, progress = c.classifier, pick_device(c.loop.device), Progress("student")
+    splits = data.load(c.data)
+    train, val = splits["train"], splits["val"]     # test is scored once, by loop.py
 
-        # Rare classes are drawn as often as common ones; the start is random, not k.weights.
-        network = seeded(c.loop.seed, classifier.build, k.network, c.data.size,
-                         len(train.class_names)).to(device)
-        arrays = train.images, train.labels, classifier.balanced_weights(train.labels)
-        classifier.train(network, *(torch.tensor(a, device=device) for a in arrays),
-                         steps=k.steps, batch=k.batch, lr=k.lr, jitter=k.jitter[0],
-                         seed=c.loop.seed, on_step=lambda step, last, loss: progress(step, last))
+    # Rare classes are drawn as often as common ones; the start is random, not k.weights.
+    network = seeded(c.loop.seed, classifier.build, k.network, c.data.size,
+                     len(train.class_names)).to(device)
+    arrays = train.images, train.labels, classifier.balanced_weights(train.labels)
+    classifier.train(network, *(torch.tensor(a, device=device) for a in arrays),
+                     steps=k.steps, batch=k.batch, lr=k.lr, jitter=k.jitter[0],
+                     seed=c.loop.seed, on_step=lambda step, last, loss: progress(step, last))
 
-        probs = classifier.predict(network, torch.tensor(val.images, device=device))
-        once = np.ones((len(val), 1))                   # every image counts once
-        found = evaluate.tables(probs[None], val.labels, np.array(val.malignant), once,
-                                val.lesions, min_count=1)
-        print(f"{len(val)} images of val:", ", ".join(
-            f"{name.replace('_', ' ')} {table.item():.3f}" for name, table in found.items()))
+    probs = classifier.predict(network, torch.tensor(val.images, device=device))
+    once = np.ones((len(val), 1))                   # every image counts once
+    found = evaluate.tables(probs[None], val.labels, np.array(val.malignant), once,
+                            val.lesions, min_count=1)
+    print(f"{len(val)} images of val:", ", ".join(
+        f"{name.replace('_', ' ')} {table.item():.3f}" for name, table in found.items()))
+    print("wrote nothing: these numbers are all")
 
 
 if __name__ == "__main__":

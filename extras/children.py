@@ -11,7 +11,7 @@ from torch import nn
 
 from data import ImageSet
 from datasets.skin import recolour
-from engine.run import Progress, Run, derive
+from engine.run import Run, derive
 from guidance import Drawn, Generator, synthesise
 
 BATCH = 128     # images synthesised together: bounds memory; each has a random stream of its own
@@ -95,7 +95,7 @@ def from_model(kit: Kit, parents: ImageSet, targets: np.ndarray, objectives: dic
     elif start == "counterfactual" and not parents.group_names:
         start = "parent"
     seeds = np.array([derive(kit.seed, i) for i in range(len(parents))])
-    progress = Progress(kit.name)
+    progress = run.progress(kit.name)
     for first in range(0, len(parents), BATCH):
         part = np.arange(first, min(first + BATCH, len(parents)))
         parts.append(run.stage(f"{kit.name}_{first}", synthesise, kit.generator, kit.students,

@@ -11,8 +11,10 @@ from extras import networks
 from extras.few_labels import TEACHERS
 
 
-def tell(run: Run, train: ImageSet, arms: int, drawing: int) -> None:
-    """Print it. arms: how many the run has; drawing: how many of them want the diffusion model."""
+def tell(run: Run, train: ImageSet, arms: dict, drawing: list[str]) -> None:
+    """Print it, and what is done already; run.plan: the seconds of every stage, in their order.
+    arms: those of the run; drawing: the names of those that want the diffusion model."""
+    run.plan = plan = {}
     c, cuda = run.config, run.device.type == "cuda"
     x, labels = run.tensor(train.images[:c.ddpm.batch]), run.tensor(train.labels[:c.ddpm.batch])
     unet, resnet = networks.new_unet(run, train, 0), networks.new_resnet(run, train, 0)
@@ -24,21 +26,37 @@ def tell(run: Run, train: ImageSet, arms: int, drawing: int) -> None:
             begun = time.monotonic()
             train(*args, **settings, steps=steps, lr=0.0, seed=0, bf16=run.bf16)
             spent.append(time.monotonic() - begun)
-        return (spent[2] - spent[1]) / (100 if cuda else 4)
+        return max(0.0, spent[2] - spent[1]) / (100 if cuda else 4)
     diffusion = timed(ddpm.train, unet, schedule, x, labels, none, batch=c.ddpm.batch, drop=0.0,
                       ema_decay=0.9, prediction="v", compiled=c.loop.compile)
     learning = timed(classifier.train, resnet, x, labels, torch.ones(len(x), device=run.device),
                      batch=c.classifier.batch, jitter=0.1)
 
-    students = (len(c.classifier.jitter) * (len(c.classifier.jitter) > 1) + 2
-                + c.data.folds * c.loop.rounds + arms * (c.loop.seeds + c.loop.rounds - 1)
-                + TEACHERS * (c.data.labelled < 1))
-    images = drawing * c.loop.added * c.loop.surplus * len(train)
-    guide = c.ddpm.steps if c.ddpm.classifier_weight else c.classifier.guide_steps
     # evaluations a step: inverting, decoding, about two more for guidance's gradients; each is a
     # third of a training step, which goes back as well
     evaluations = 3 + (c.guidance.start == "counterfactual") + (c.guidance.classifier_free != 1)
-    seconds = 30 + c.classifier.steps * students * learning + (drawing > 0) * (
-        c.ddpm.steps * diffusion + guide * learning * 1.3
-        + images * c.guidance.steps * evaluations * diffusion / c.ddpm.batch / 3)
-    print(f"this will take about {clock(seconds)} on this machine", flush=True)
+    synthesis = (c.loop.added * c.loop.surplus * len(train) * c.guidance.steps * evaluations
+                 * diffusion / c.ddpm.batch / 3)
+    student, joint = c.classifier.steps * learning, c.ddpm.classifier_weight
+    guide = (c.ddpm.steps if joint else c.classifier.guide_steps) * learning * 1.3
+
+    strengths, rounds = c.classifier.jitter, range(1, c.loop.rounds + 1)
+    plan |= {f"jitter_{s:g}": student for s in strengths if len(strengths) > 1}
+    plan |= {f"teacher_{s}": student for s in range(TEACHERS) if c.data.labelled < 1}
+    plan |= {"ddpm": c.ddpm.steps * diffusion + guide * bool(joint)} if drawing else {}
+    plan |= {"guide": guide} if drawing and not joint else {}
+    plan["judge"] = student
+    for number in rounds:
+        plan |= {f"crossfit_{number}_{k}": student for k in range(c.data.folds)}
+        plan |= {f"{name}_{number}": synthesis / c.loop.rounds for name in drawing}
+    plan |= {f"student_{name}_{s}": student for name in arms for s in range(c.loop.seeds)}
+    plan |= {f"round_{number}_{name}": student for number in rounds[:-1] for name in arms
+             if arms[name].child}
+    plan |= {"critic": student} if any(arm.child for arm in arms.values()) else {}
+    plan["report"] = 30.0
+
+    # One after another: what stands before a stored one is done too.
+    done = max((i for i, name in enumerate(plan, 1) if run.path(name).exists()), default=0)
+    left = sum(list(plan.values())[done:])
+    print(f"this will take about {clock(sum(plan.values()))} on this machine, {len(plan)} stages"
+          + f"; {done} are done, about {clock(left)} left" * bool(done), flush=True)

@@ -1,6 +1,5 @@
 """What a run tells: its data at the start, each round, and at the end predictions.npz,
 results.json, synthetic/, pictures/ and the report."""
-import csv
 import io
 import json
 
@@ -11,10 +10,11 @@ import classifier
 import data
 from data import ImageSet
 from engine.augment import to_float
-from engine.run import Run, derive, environment, save_picture
+from engine.run import Run, csv_bytes, derive, environment, save_picture
 from evaluate import balanced_accuracy
 from extras import measures, pictures, report
 from extras.children import REASONS, children_of, children_used, in_round
+
 
 def counts(s: ImageSet) -> dict:
     """{"images": n, "lesions": n, "groups": {name: images}, "classes": {name: images}}; of groups
@@ -137,9 +137,7 @@ def write_synthetic(run: Run, train: ImageSet, made: list, used: np.ndarray) -> 
             rows.append((file, m.children.sources[i], name, pictures.group_of(train, m.targets[i]),
                          m.children.folds[i], f"{m.judge[i]:.4f}", f"{m.distance[i]:.2f}",
                          derive(run.seed("children", number), i)))
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    run.write("synthetic/synthetic.csv", text.getvalue())
+    run.write("synthetic/synthetic.csv", csv_bytes(rows))
 
 
 def predict(run: Run, splits: dict, finals: dict, reference: list, predict) -> dict:

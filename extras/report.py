@@ -4,11 +4,12 @@
 
 The html file needs nothing else and holds no absolute path. Below, `r` is results.json.
 """
-import argparse
 import base64
 import collections
 import contextlib
 import json
+import math
+import re
 import sys
 import zipfile
 import zlib
@@ -18,6 +19,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 import yaml
 
+from engine.command import Parser, one_line
 from engine.run import locked, write_bytes
 from extras import measures, plots
 
@@ -37,9 +39,10 @@ CAPTIONS = {
     "neighbours": "Synthetic images beside their nearest training images"}
 
 
+@one_line("report")
 def main(argv: list[str] | None = None) -> int:
     """Score a run again, rewrite its results.json and its report; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="report", description=__doc__.splitlines()[0])
+    parser = Parser("report", __doc__)
     parser.add_argument("run", type=Path, help="a run folder, runs/NAME")
     folder = parser.parse_args(argv).run
     try:
@@ -52,9 +55,9 @@ def main(argv: list[str] | None = None) -> int:
                 entry["added"] = r["arms"][arm]["added"]
             write_bytes(folder / "results.json", (json.dumps(r | scored, indent=1) + "\n").encode())
             write(folder)
-    except (OSError, ValueError, RuntimeError, LookupError) as error:
-        print("report:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{folder}: results.json or predictions.npz is damaged "
+                         f"({type(error).__name__}: {error}); run it again") from None
     print(f"{scored['verdict']}\nreport: {folder / 'report.md'} and {folder / 'report.html'}")
     return 0
 
@@ -77,9 +80,13 @@ def write(folder: Path) -> None:
     """Write report.md, report.html and pictures/*.svg into a run folder; errors as in `stored`."""
     folder, log, pictures = Path(folder), [], {}
     r, _ = stored(folder)
-    for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):       # a run that was killed may leave half a line
-            log.append(json.loads(line))
+    for line in (folder / "log.jsonl").read_text("utf-8", "replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):   # a kill may leave half a line
+            match json.loads(line):
+                case {"event": "loss", "stage": str(name), "step": int(), "loss": float(x)} as e:
+                    log += [e] * (bool(re.fullmatch(r"[\w.]+", name)) and 0 < x < math.inf)
+                case {"event": "stage", "stage": str(), "seconds": int() | float()} as e:
+                    log.append(e)
     for path in sorted((folder / "pictures").glob("*.png")):
         image = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
         pictures[path.stem] = ("png", CAPTIONS.get(path.stem, path.stem), path.stem,
@@ -204,7 +211,7 @@ def losses(r, log):
     """One plot for each kind of stage. A resumed run may repeat a step: the last one counts."""
     found, kinds = collections.defaultdict(dict), collections.defaultdict(list)
     for e in log:
-        if e["event"] == "loss" and e["loss"] > 0:
+        if e["event"] == "loss":
             found[e["stage"]][e["step"]] = e["loss"]
     for stage, curve in found.items():      # student_guided_0 is a student of arm guided
         kind, *rest = stage.split("_")

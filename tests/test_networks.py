@@ -64,6 +64,7 @@ def test_a_wrong_file_of_weights_is_told_in_one_line(tmp_path, content, words):
 
 def test_published_weights_start_students_and_guide(run, splits, tmp_path, capsys):
     torch.save(weights("resnet18"), tmp_path / "w.pth")
+    run = set_to(run, "data", size=32)
     given = set_to(run, "classifier", network="resnet18", weights=str(tmp_path / "w.pth"))
     x, train = torch.zeros(2, 3, 16, 16), splits["train"]
     guide = networks.new_resnet(given, train, 1, noise_levels=50)
@@ -75,8 +76,8 @@ def test_published_weights_start_students_and_guide(run, splits, tmp_path, capsy
     (tmp_path / "w.pth").write_bytes(b"no weights")
     with pytest.raises(ConfigError, match="classifier.weights: .*w.pth"):
         networks.new_resnet(given, train, 1)
-    new(tmp_path, "classifier.network=resnet18", f"classifier.weights={tmp_path / 'w.pth'}",
-        status=2)
+    new(tmp_path, "data.size=32", "classifier.network=resnet18",
+        f"classifier.weights={tmp_path / 'w.pth'}", status=2)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loop.py")]
     assert len(said) == 1 and "classifier.weights" in said[0] and "w.pth" in said[0]
 

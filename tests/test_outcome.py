@@ -195,8 +195,8 @@ def test_extracted_features_are_what_the_last_layer_sees(splits):
 
 def test_a_run_that_is_locked_is_not_scored_again(tiny, capsys):
     before = (tiny / "results.json").read_bytes()
-    with locked(tiny):
-        assert report.main([str(tiny)]) == 2
+    with locked(tiny), pytest.raises(SystemExit, match="2"):
+        report.main([str(tiny)])
     assert "another process" in capsys.readouterr().err
     assert report.main([str(tiny)]) == 0
     assert json.loads((tiny / "results.json").read_bytes()) == json.loads(before)

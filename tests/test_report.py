@@ -419,14 +419,16 @@ def test_scoring_again_gives_what_measures_gives_and_keeps_the_rest(tmp_path, ca
 def test_what_cannot_be_scored_ends_in_one_line(tmp_path, capsys, damage, says):
     fake_run(tmp_path, fake_results())
     damage(tmp_path)
-    assert report.main([str(tmp_path)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        report.main([str(tmp_path)])
     said = capsys.readouterr().err
     assert said.startswith("report: ") and said.count("\n") == 1 and says in said
 
 
 def test_a_missing_run_and_one_at_work_are_refused(tmp_path, capsys):
-    assert report.main([str(tmp_path / "nowhere")]) == 2
-    with locked(tmp_path):
-        assert report.main([str(tmp_path)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        report.main([str(tmp_path / "nowhere")])
+    with locked(tmp_path), pytest.raises(SystemExit, match="2"):
+        report.main([str(tmp_path)])
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and "nowhere" in lines[0] and "another process" in lines[1]
