@@ -163,10 +163,8 @@ def outcome(low, high, margin):
     """What an interval of a difference says; margin: what is too small to matter."""
     if low is None:
         return None
-    if low > 0:
-        return "better"
-    if high < 0:
-        return "worse"
+    if low > 0 or high < 0:
+        return "better" if low > 0 else "worse"
     return "equal" if -margin <= low and high <= margin else "not settled"
 
 

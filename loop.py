@@ -2,6 +2,7 @@
 
     python loop.py --config config.yaml                                  a run in runs/config
     python loop.py --config config.yaml --set loop.seeds=5 --name five   another, in runs/five
+    python loop.py --config config.yaml --draws 5    of five draws of the data, pooled in one report
     python loop.py --resume runs/config                                  go on with a stopped one
 
 A resumed run walks the same lines: run.stage and run.train hand back what is finished.
@@ -21,7 +22,7 @@ from classifier import balanced_weights
 from data import DataError, ImageSet
 from engine.command import launch
 from engine.run import Progress, Run
-from extras import (estimate, external, few_labels,
+from extras import (draws, estimate, external, few_labels,
                     measures, networks, outcome)
 from extras.children import (
     REASONS, Candidates, Kit, children_of, children_used, copied,
@@ -239,9 +240,7 @@ class Filter:
         val, test = splits["val"].images, splits["test"].images
         every = [seen.images, val, test]    # a maker elsewhere may know
         self.known = {"external": np.concatenate(every)}
-        # Nearer to a training image than nearly every unseen one is.
-        distance, _ = measures.nearest(val, seen.images)
-        self.too_near = float(np.quantile(distance, 0.01))
+        self.too_near = measures.copy_distance(splits["val"], seen)
 
     def __call__(self, arm: Arm, children: ImageSet, finite):
         """(judge, distance, rejected_by), (N,) each: see Candidates."""
@@ -250,7 +249,7 @@ class Filter:
         distance, _ = measures.nearest(children.images, known)
         why = np.zeros(len(children), np.int64)
         if arm.filtered:
-            why[distance < self.too_near] = REASONS.index("copy")
+            why[distance <= self.too_near] = REASONS.index("copy")
             why[probs.argmax(1) != children.labels] = REASONS.index("judge")
             finite = np.broadcast_to(finite, why.shape)
             why[~finite] = REASONS.index("nonfinite")
@@ -291,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     known = {"loop.arms": (*ARMS, "all"), "guidance.objectives": OBJECTIVES,
              "guidance.sampler": ddpm.SAMPLERS}     # names that the config may hold
-    return launch(experiment, known, argv)
+    return launch(experiment, known, argv, draws.pool)
 
 
 if __name__ == "__main__":

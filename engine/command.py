@@ -14,7 +14,7 @@ import yaml
 
 from datasets.layouts import DataError
 from engine import config as configuration
-from engine.config import ConfigError, require
+from engine.config import Config, ConfigError, require
 from engine.run import (Done, Run, RunError, commit, locked, new_folder,
                         pick_device, write_bytes)
 
@@ -86,23 +86,28 @@ def said(error: BaseException) -> str:
     return " ".join(text.split())
 
 
-def launch(experiment: Callable[[Run], None], known: dict, argv: list[str] | None = None) -> int:
+def launch(experiment: Callable[[Run], None], known: dict, argv: list[str] | None = None,
+           pool: Callable[[Path, list[Path]], None] | None = None) -> int:
     """python loop.py --config or --resume: experiment(run), and the exit status. known: see
-    config.load."""
+    config.load. With --draws an experiment for each, and pool(folder, folders of the draws)."""
     parser = Parser("loop.py", sys.modules[experiment.__module__].__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--config", help="a yaml file; the run goes to runs/<its name>")
     which.add_argument("--resume", metavar="runs/NAME", help="go on with a run that was stopped")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     parser.add_argument("--name", help="the run goes to runs/NAME")
+    parser.add_argument("--draws", type=int, default=0, metavar="K", help="K draws of the data (of "
+                        "real data: splits), each a run, runs/NAME/draw-0 and so on, then pooled")
     with one_line("loop.py"):
         arguments = parser.parse_args(argv)
     new = arguments.resume is None
     folder = None if new else Path(arguments.resume)
     path = arguments.config if new else folder / "config.yaml"
     try:
-        require(new or not (arguments.set or arguments.name), "--resume: a resumed run keeps its "
-                "own config and name; for another --set or --name start a new run with --config")
+        require(new or not (arguments.set or arguments.name or arguments.draws), "--resume: a run "
+                "keeps its config, name and draws; for others start a new run with --config")
+        require(arguments.draws in (0, *range(2, 100)), "--draws: write 2 to 99, found "
+                f"{arguments.draws}; one draw is a run without --draws")
         require(new or path.is_file() and (folder / "lock").is_file(), f"--resume {folder}: no run "
                 "there, it has no config.yaml with a file 'lock' beside it")
         config = configuration.load(path, arguments.set, known)
@@ -112,15 +117,21 @@ def launch(experiment: Callable[[Run], None], known: dict, argv: list[str] | Non
         pick_device(config.loop.device)
         if new:
             folder = new_folder(Path("runs"), name)
-            (folder / "lock").touch()
-            text = yaml.safe_dump(config.as_dict(), sort_keys=False)
-            write_bytes(folder / "config.yaml", text.encode())
+            keep(config, folder)
+            for k in range(arguments.draws):
+                keep(config.replace("data", seed=config.data.seed + k)
+                     .replace("loop", seed=config.loop.seed + k), folder / f"draw-{k}")
+        draws = [folder / f"draw-{k}" for k in range(len([*folder.glob("draw-*")]))]
         with locked(folder), stoppable(folder):
             torch.backends.cudnn.benchmark = not config.loop.deterministic
             if config.loop.deterministic:
                 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"       # wanted by the next line
                 torch.use_deterministic_algorithms(True)
-            experiment(Run(folder, config))
+            for draw in draws:
+                print(draw)
+                with contextlib.suppress(Done):
+                    experiment(Run(draw, configuration.load(draw / "config.yaml", (), known)))
+            pool(folder, draws) if draws else experiment(Run(folder, config))
             sys.stdout.flush()
         return 0
     except Done as done:
@@ -128,12 +139,19 @@ def launch(experiment: Callable[[Run], None], known: dict, argv: list[str] | Non
         return 0
     except TROUBLE as error:
         problem = said(error)
-        if new and folder and not any((folder / "checkpoints").glob("*")):
+        if new and folder and not any(folder.glob("**/checkpoints/*")):
             shutil.rmtree(folder, ignore_errors=True)   # made a moment ago, and nothing in it yet
         elif folder and folder.exists() and isinstance(error, OUTSIDE):
             problem += f"; what was finished is kept, go on with: python loop.py --resume {folder}"
         last_words(f"loop.py: {problem}")
         return STATUS.get(type(error), 2)
+
+
+def keep(config: Config, folder: Path) -> None:
+    """A run's folder with its config, from which it can be resumed."""
+    folder.mkdir(exist_ok=True)
+    (folder / "lock").touch()
+    write_bytes(folder / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False).encode())
 
 
 @contextlib.contextmanager

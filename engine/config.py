@@ -209,8 +209,6 @@ def check_together(c: Config) -> Config:
         (inverts and g.sampler == "ddpm", "guidance.sampler: 'ddpm' draws noise anew and forgets "
          "the parent of a counterfactual: write ddim or dpm, or guidance.start: parent"),
         (not arms & {"real", "all"}, "loop.arms: add 'real', with which all others are compared"),
-        (c.loop.rounds > 1 and not arms & {"guided", "all"}, "loop.rounds: further rounds mine for "
-         "students that learnt from guided's images: add 'guided' to loop.arms, or write 1"),
         ("external" in arms and not g.external,
          "guidance.external: arm 'external' needs the folder or csv of its images"),
         (g.external and not arms & {"external", "all"},
@@ -219,6 +217,9 @@ def check_together(c: Config) -> Config:
          "not told: write data.labelled below 1, or leave it out"),
         ("leaked" in arms and not arms & {"guided", "all"},
          "loop.arms: 'leaked' is shown beside the clean loop: add 'guided'"),
+        (c.loop.rounds > 1 and arms - {"real", "balanced", "pseudo", "external"}
+         and not arms & {"guided", "all"}, f"loop.rounds: found {c.loop.rounds}; what a further "
+         "round mines depends on guided's images: write 1, or add 'guided' to loop.arms"),
     ):
         require(not wrong, message)
     return c

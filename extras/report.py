@@ -91,12 +91,18 @@ def write(folder: Path) -> None:
         image = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
         pictures[path.stem] = ("png", CAPTIONS.get(path.stem, path.stem), path.stem,
                                f'<img alt="" src="{image}"/>')
-    sections, blocks = contents(r, log, pictures), opening(r, log, pictures)
-    blocks += [("section", title, inner) for title, inner in sections.items() if inner]
-    for _, _, name, drawing in (b for b in sum(sections.values(), blocks) if b[0] == "svg"):
+    publish(folder, opening(r, log, pictures) + [
+        ("section", title, inner) for title, inner in contents(r, log, pictures).items()])
+
+
+def publish(folder: Path, blocks: list) -> None:
+    """Both writings of the blocks, and their drawings; the first is the title."""
+    blocks = [block for block in blocks if block[-1]]       # no empty section
+    inside = (block[2] for block in blocks if block[0] == "section")
+    for kind, *_, name, drawing in (b for b in sum(inside, blocks) if b[0] == "svg"):
         write_bytes(folder / "pictures" / f"{name}.svg", plots.standalone(drawing).encode())
     write_bytes(folder / "report.md", markdown(blocks).encode())
-    page = HEAD.replace("NAME", escape(r["name"])) + "\n".join(map(html, blocks)) + "\n"
+    page = HEAD.replace("NAME", escape(blocks[0][1])) + "\n".join(map(html, blocks)) + "\n"
     write_bytes(folder / "report.html", page.encode())
 
 
@@ -108,19 +114,22 @@ def opening(r, log, pictures) -> list:
              "test images": r["splits"]["test"]["images"], "minutes": minutes(r, log)["total"],
              **{key: private(r["environment"][key]) for key in ("device", "commit")}}
     leak = ", ".join(f"{name} {100 * share:.0f} %" for name, share in r["leak"].items())
+    return [("title", f"Report: {r['name']}"), ("verdict", r["verdict"]),
+            *[("p", "Optimistic: split by image. The share of test images whose lesion is also in "
+               f"train: {leak}.")] * bool(r["leak"]["all"]),
+            ("p", "; ".join(f"{key}: {fact}" for key, fact in facts.items() if fact) + "."),
+            *forest(r, "all", "balanced_accuracy"),
+            *(block for name, block in pictures.items() if name == "children"), *first_table(r)]
+
+
+def first_table(r) -> list:
     columns = {said(m): ("all", m) for m in FULL[:4]}
     if r["worst_group"] is not None:
         columns |= {f"worst {kind_of_group(r)}, {r['worst_group']}: {said(m)}": ("worst_group", m)
                     for m in ("balanced_accuracy", "sensitivity", "specificity")}
         columns["gap in sensitivity"] = ("all", "equal_opportunity_gap")
     columns |= {f"hard cases: {said(m)}": ("hard", m) for m in ("accuracy", "auroc")}
-    return [("title", f"Report: {r['name']}"), ("verdict", r["verdict"]),
-            *[("p", "Optimistic: split by image. The share of test images whose lesion is also in "
-               f"train: {leak}.")] * bool(r["leak"]["all"]),
-            ("p", "; ".join(f"{key}: {fact}" for key, fact in facts.items() if fact) + "."),
-            *forest(r, "all", "balanced_accuracy"),
-            *(block for name, block in pictures.items() if name == "children"),
-            *arm_table(r, "All test images", columns, ("added",)), LEGEND]
+    return [*arm_table(r, "All test images", columns, ("added",)), LEGEND]
 
 
 def contents(r, log, pictures) -> dict:

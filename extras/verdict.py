@@ -25,7 +25,7 @@ def conclusion(rows: list[dict], subset: str, metric: str) -> str:
     """The outcome against each control, and the figures of the one that least is gained over."""
     rows = [r for r in rows if (r["subset"], r["metric"]) == (subset, metric)]
     measure = metric.replace("_", " ")
-    if any(r["low"] is None for r in rows):
+    if not rows or any(r["low"] is None for r in rows):
         return f"not judged by {measure}: n too small"
     kinds = {kind: [r["against"] for r in rows if r["outcome"] == kind] for kind in WORDS}
     said = "; ".join(f"{WORDS[kind]} {', '.join(names)}" for kind, names in kinds.items() if names)

@@ -16,7 +16,7 @@ ddpm: {{steps: 30, batch: 8}}
 classifier: {{steps: 20, guide_steps: 10, batch: 16}}
 guidance: {{steps: 3, classifier_free: 1}}
 evaluate: {{draws: 100, oracle: 100}}
-loop: {{surplus: 4, margin: 0.9}}
+loop: {{surplus: 4, margin: 0.9, rounds: 1}}
 """     # of nearly all images as parents, the judge is right about some
 
 

@@ -50,9 +50,9 @@ def test_what_is_imported_is_there(path):
 
 
 def test_run_by_their_path_from_another_folder(tmp_path):
-    done = subprocess.run([sys.executable, str(BENCHMARKS / "many_draws.py"), "--draws", "1", "1"],
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "coverage.py"), "--studies", "x"],
                           cwd=tmp_path, text=True, capture_output=True)
-    assert done.returncode == 2 and "--draws: [1, 1]; write 2 to 10" in done.stderr
+    assert done.returncode == 2 and "--studies" in done.stderr
 
 
 def test_load():
@@ -63,25 +63,6 @@ def test_load():
     load.nearest(60)
     load.ledger(60)
     assert len(list(Path("ledger/synthetic").glob("*/*.png"))) == 60
-
-
-def test_over_draws():
-    import many_draws
-    # by hand: mean 2.5, standard deviation sqrt(5/3), t of 3 degrees of freedom 3.182
-    assert many_draws.over_draws([1.0, 2.0, 3.0, 4.0], 0.0) == pytest.approx((2.5, 0.446, 4.554),
-                                                                            abs=1e-3)
-    mean, low, high = many_draws.over_draws([1.0, 2.0, 3.0, 4.0], 0.75)     # four times 1 / n
-    assert (mean, high - low) == pytest.approx((2.5, 2 * 4.108), abs=1e-3)
-    # 95 % of the intervals of six normal draws hold the truth
-    draws = np.random.default_rng(0).normal(size=(4000, 6))
-    held = [low <= 0 <= high for _, low, high in (many_draws.over_draws(d, 0.0) for d in draws)]
-    assert 0.94 < np.mean(held) < 0.96
-
-
-def test_gains_in_a_draw_whose_cell_is_too_small():
-    import many_draws
-    measure = [{"guided": 0.75, "real": 0.5}, {"guided": None, "real": 0.5}]
-    assert many_draws.gained(measure, "real") == [0.25, None]
 
 
 def test_fuzz():

@@ -101,7 +101,7 @@ def test_names_that_other_modules_know_are_enough():
                               "loop.arms=[real]"], KNOWN)
     assert c.guidance.objectives["margin"] == 2 and c.guidance.sampler == "dpm"
     free = ["guidance.objectives.new=1", "guidance.sampler=new", "loop.arms=[real, new]"]
-    assert config.load(DEFAULT, free).loop.arms[1] == "new"         # nothing known: any name
+    assert config.load(DEFAULT, [*free, "loop.rounds=1"]).loop.arms[1] == "new"      # any name
     for override in free:
         with pytest.raises(config.ConfigError, match="new"):
             config.load(DEFAULT, [override], KNOWN)
@@ -211,6 +211,7 @@ def test_what_only_keys_together_get_wrong():
              "data.label_column"),
             (["data.kind=ham10000", "data.root=x", "data.val_fraction=0.45",
               "data.test_fraction=0.45"], "data.val_fraction"),
+            (["loop.arms=[real, noise]"], "loop.rounds: found 2; .* write 1, or add 'guided'"),
             (["loop.arms=[real, leaked]"], "loop.arms: 'leaked' .* add 'guided'"),
             (["loop.arms=[real, pseudo]"], "data.labelled"),
             (["guidance.start=parent", "guidance.sampler=ddpm", "guidance.steps=501"],
