@@ -27,7 +27,8 @@ def main(argv=None):
         x0 = to_float(torch.tensor(val.images, device=device))
         eps = Noise(range(len(val)), device)(*x0.shape[1:])
         levels, strip, captions = torch.linspace(0, schedule.T - 1, 10).long().tolist(), [], []
-        print(f"balanced accuracy on {len(val)} images of val (chance {1 / len(val.class_names):.2f})")
+        print(f"balanced accuracy of the guide on {len(val)} images of val, "
+              f"chance {1 / len(val.class_names):.2f}")
         for level in levels:
             t = torch.full((len(x0),), level, device=device)
             x_t = schedule.q_sample(x0, t, eps)

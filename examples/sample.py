@@ -1,6 +1,6 @@
 """Images from pure noise by a finished run's diffusion model: of any class and group.
 
-    python examples/sample.py runs/NAME --class mel --group VI --sampler dpm --steps 10 --guidance 2 --count 16
+    python examples/sample.py runs/NAME --class mel --group VI --sampler dpm --steps 10 --guidance 2
 """
 import sys
 from pathlib import Path
@@ -31,8 +31,9 @@ def main(argv=None):
         if count < 1:
             raise ValueError(f"--count {count}: write 1 or more")
         val = finished.splits()["val"]
-        y, g = (index(names, name, what) if name else -1 for names, name, what in (
-            (val.class_names, arguments.label, "class"), (val.group_names, arguments.group, "group")))
+        asked = ((val.class_names, arguments.label, "class"),
+                 (val.group_names, arguments.group, "group"))
+        y, g = (index(names, name, what) if name else -1 for names, name, what in asked)
         unet, _, schedule, prediction, bf16 = finished.generator(val)
 
         # A random stream an image: --count changes none of them.

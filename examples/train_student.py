@@ -1,6 +1,8 @@
 """Train one student, the classifier that diagnoses, and score it on val.
 
     python examples/train_student.py --config config.yaml [--set classifier.steps=300]
+
+Writes a picture of the images of val that it is surest and wrong about.
 """
 import argparse
 import sys
@@ -10,6 +12,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shown import sheet
+
 import classifier
 import data
 import evaluate
@@ -23,6 +27,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
+    parser.add_argument("--out", type=Path, default=Path("student.png"), help="the picture to write")
     arguments = parser.parse_args(argv)
     with one_line("train_student.py"):
         c = configuration.load(arguments.config, arguments.set)
@@ -44,6 +49,12 @@ def main(argv=None):
                                 val.lesions, min_count=1)
         print(f"{len(val)} images of val:", ", ".join(
             f"{name.replace('_', ' ')} {table.item():.3f}" for name, table in found.items()))
+
+        names, worst = val.class_names, data.margins(probs, val).argsort()[:16]
+        said = [f"{names[val.labels[i]]} > {names[probs[i].argmax()]}" for i in worst]
+        sheet(arguments.out, [val.images[worst[:8]], val.images[worst[8:]]],
+              captions=[said[:8], said[8:]])
+        print(f"wrote {arguments.out}: what it gets most wrong, class > answer")
 
 
 if __name__ == "__main__":
