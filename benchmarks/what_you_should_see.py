@@ -7,8 +7,8 @@
 The first two train the model anew to every number of steps of --steps, since the learning rate
 anneals over the whole, draw --count images of val's classes and groups by 50 DDIM steps, and give
 the loss (mean of the last 100 steps), the share in which a judge sees the class asked for, and the
-Frechet distance to val in the judge's features. On the phantom the judge is the oracle, which learns
-from a further, large draw; else a student of the training images. Then one student and the guide.
+Frechet distance to val in the judge's features. On the phantom the judge is the oracle, who
+learns from a further, large draw; else a student of the training images. Then one student and the guide.
 The third breaks one line of a small training a time.
 
 Each writes its table into docs/what_you_should_see.md, between its two marks, and its pictures into

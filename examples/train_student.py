@@ -27,7 +27,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
-    parser.add_argument("--out", type=Path, default=Path("student.png"), help="the picture to write")
+    parser.add_argument("--out", type=Path, default=Path("student.png"))
     arguments = parser.parse_args(argv)
     with one_line("train_student.py"):
         c = configuration.load(arguments.config, arguments.set)

@@ -6,7 +6,7 @@ If x_0 were known, how would x_t come to the level before it? q(x_s | x_t, x_0),
 of two Gaussians in x_s: q(x_t | x_s) = N(sqrt(alpha) x_s, 1 - alpha) with alpha = abar_t / abar_s,
 and q(x_s | x_0). Bayes multiplies them: precisions add, means weigh by them. Ho et al. 2020, Eq. 7.
 
-Predict first: for s = -1, the clean image (abar = 1), what are mean and variance? No algebra needed.
+Predict first: for s = -1, the clean image (abar = 1), what are mean and variance? No algebra.
 
 Write the function. The test multiplies the two densities on a grid of 200,001 points and takes mean
 and variance of the product: no formula of the paper is in it.

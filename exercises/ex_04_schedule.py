@@ -16,7 +16,7 @@ Write the schedule, then the strip: the same image at `count` levels, evenly spa
 
     python -m pytest exercises/test_04_schedule.py
 
-What you should see: 4 passed; at t = 500 of 1,000 this schedule has abar = 0.49, the linear one 0.08.
+What you should see: 4 passed; at t = 500 of 1,000 this schedule has abar 0.49, the linear 0.08.
 To look at the strip: python examples/forward.py runs/NAME.
 Where the answer stands: ddpm.Schedule.__init__, and main in examples/forward.py.
 """

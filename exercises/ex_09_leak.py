@@ -3,7 +3,7 @@
 Difficulty 3/5 - Importance 5/5 - 40 minutes
 
 A leak is test or held-out information that reaches what is being scored. It never raises an error;
-it makes the numbers better. Below are three functions of a loop like ours, each with a leak planted.
+it makes the numbers better. Below are three functions of a loop like ours, each with one planted.
 
 Predict first: which of the three would you have seen in a review? Which would raise the reported
 accuracy most on a data set where a quarter of the lesions were photographed twice?
@@ -16,7 +16,8 @@ is rarer or smaller: so test the property, not this bug.
     python -m pytest exercises/test_09_leak.py
 
 What you should see: 3 passed.
-Where the answer stands: docs/running.md, "Where test could leak"; exercises/solutions/ex_09_leak.py.
+Where the answer stands: docs/running.md, "Where test could leak", and
+exercises/solutions/ex_09_leak.py.
 """
 from dataclasses import replace
 from types import SimpleNamespace

@@ -2,9 +2,9 @@
 
 Difficulty 3/5 - Importance 3/5 - 45 minutes
 
-In the variables x / alpha and s = sigma / alpha (alpha = sqrt(abar), sigma = sqrt(1 - abar)) the ODE
-that DDIM walks is d(x / alpha) / ds = eps: DDIM is Euler's rule. Heun's walks to the end, asks again
-there, and goes with the mean of both answers: Karras et al. 2022 (arXiv 2206.00364), Algorithm 1.
+In the variables x / alpha and s = sigma / alpha, alpha = sqrt(abar), sigma = sqrt(1 - abar), the
+ODE that DDIM walks is d(x / alpha) / ds = eps: DDIM is Euler's rule. Heun's walks to the end, asks
+again there, and goes with the mean of both: Karras et al. 2022 (arXiv 2206.00364), Algorithm 1.
 The last step ends at s = 0, the clean image, where no network was trained: Euler there.
 
 Predict first: with the same number of network evaluations, will Heun beat DDIM at 6? At 50?

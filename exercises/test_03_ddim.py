@@ -21,7 +21,7 @@ def check_a_step_is_eq_12(mine):
     eps, levels = X.flip(0) / 3, [(900, 400), (20, -1), (100, 700), (3, 2)]
     t, t_next = torch.tensor(levels).T
     a, b = (torch.tensor([*SCHEDULE.alphas_cumprod, 1.0]).double()[i].view(-1, 1, 1, 1)
-            for i in (t, t_next))                               # the last, at -1, is the clean image
+            for i in (t, t_next))               # the last, at -1, is the clean image
     wanted = b.sqrt() * (X - (1 - a).sqrt() * eps) / a.sqrt() + (1 - b).sqrt() * eps
     assert torch.allclose(mine.ddim_step(SCHEDULE, X, t, t_next, eps), wanted, atol=1e-9)
 

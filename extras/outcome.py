@@ -1,6 +1,7 @@
 """What a run tells: its data at the start, each round, and at the end predictions.npz,
 results.json, synthetic/, pictures/ and the report."""
 import csv
+import hashlib
 import io
 import json
 from functools import reduce
@@ -116,7 +117,7 @@ def of_round(run: Run, number: int, splits: dict, probs: np.ndarray, most: int, 
 
 def write_synthetic(run: Run, train: ImageSet, made: list, most: int) -> None:
     """synthetic/<class>/*.png, a folder data set, and synthetic.csv: the guided images of every
-    round so far that passed the filter, and their origin."""
+    round so far that passed the filter, and their origin; about.json says what they are."""
     folder = run.folder / "synthetic"
     for name in train.class_names:
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -133,6 +134,11 @@ def write_synthetic(run: Run, train: ImageSet, made: list, most: int) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     run.write("synthetic/synthetic.csv", text.getvalue())
+    content = [(folder / file).read_bytes() for file, *_ in rows[1:]] + [text.getvalue().encode()]
+    about = {"what": "drawn by a diffusion model: all that the filter passed, not selected by hand",
+             "images": len(rows) - 1, "config_and_data": run.fingerprint,
+             "content_sha256": hashlib.sha256(b"".join(content)).hexdigest()}
+    run.write("synthetic/about.json", json.dumps(about, indent=1) + "\n")
 
 
 def predict(run: Run, splits: dict, finals: dict, reference: list, predict) -> dict:
