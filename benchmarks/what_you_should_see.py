@@ -8,7 +8,8 @@ The first two train the model anew to every number of steps of --steps, since th
 anneals over the whole, draw --count images of val's classes and groups by 50 DDIM steps, and give
 the loss (mean of the last 100 steps), the share in which a judge sees the class asked for, and the
 Frechet distance to val in the judge's features. On the phantom the judge is the oracle, who
-learns from a further, large draw; else a student of the training images. Then one student and the guide.
+learns from a further, large draw; else a student of the training images. Then one student and the
+guide.
 The third breaks one line of a small training a time.
 
 Each writes its table into docs/what_you_should_see.md, between its two marks, and its pictures into
@@ -166,7 +167,8 @@ def table(run: Run, name: str, steps: list[int], count: int, pictures: Path) -> 
 SMALL = ["data.size=16", "unet.multipliers=[1, 2]", "unet.attention=4", "ddpm.batch=32"]
 
 
-def small(run: Run, train, schedule, *, steps=600, lr=4e-3, decay=0.98, warm=True):
+def small(run: Run, train, schedule, *, steps=600, lr=4e-3, decay=0.98, warm=True,
+          prediction="v"):
     """A training as ddpm.train's, but for what is broken. Returns (network, losses)."""
     network = networks.new_unet(run, train, 0)
     images, y, g = map(run.tensor, (train.images, train.labels, train.groups))
@@ -178,7 +180,7 @@ def small(run: Run, train, schedule, *, steps=600, lr=4e-3, decay=0.98, warm=Tru
 
     def loss(i, generator):
         x0 = random_turn(to_float(images[i]), generator)
-        return ddpm.loss(network, schedule, x0, y[i], g[i], generator)
+        return ddpm.loss(network, schedule, x0, y[i], g[i], generator, prediction=prediction)
     losses = fit(network, pick, loss, steps=steps, lr=lr, seed=0, device=run.device, ema=ema,
                  bf16=run.bf16)
     network.load_state_dict(ema.shadow)
@@ -230,13 +232,16 @@ def mistakes(run: Run, train):
     found, lost = kept("T", schedule=short)
     yield ("T", "the first 100 of 1,000 levels: abar ends at 0.90", "training never saw pure noise:"
            " print abar at the last level, it must be below 0.01", images(found, short), lost)
-    yield ("prediction", "learnt v, sampled as eps", "a good loss and samples of noise or flat "
-           "colour: what is subtracted must be what was learnt", images(base, prediction="eps"),
-           losses)
-    yield ("guidance", "classifier-free guidance 12", "glaring colours, one picture a class: lower "
-           "the scale", images(base, scale=12.0), losses)
-    yield ("clip", "the same, and x0_hat not clipped", "each step overshoots and the next starts "
-           "from there", images(base, scale=12.0, clip=float("inf")), losses)
+    yield ("prediction", "learnt v, sampled as eps", "a good loss and a picture behind noise: what "
+           "is subtracted must be what was learnt", images(base, prediction="eps"), losses)
+    yield ("guidance", "classifier-free guidance 12", "glaring colours, hard edges: lower the scale",
+           images(base, scale=12.0), losses)
+    found, lost = kept("eps", prediction="eps")
+    yield ("eps", "learnt eps, sampled as eps", "better than noise, with colours that are off: the "
+           "noisiest levels teach it nothing", images(found, prediction="eps"), lost)
+    yield ("clip", "the same, x0_hat not clipped", "a good loss and samples in pure colours: at the "
+           "last level an error of eps is divided by sqrt(abar) = 0.00005",
+           images(found, prediction="eps", clip=float("inf")), lost)
 
 
 def checklist(run: Run, pictures: Path) -> list[str]:
