@@ -234,13 +234,13 @@ def mistakes(run: Run, train):
            " print abar at the last level, it must be below 0.01", images(found, short), lost)
     yield ("prediction", "learnt v, sampled as eps", "a good loss and a picture behind noise: what "
            "is subtracted must be what was learnt", images(base, prediction="eps"), losses)
-    yield ("guidance", "classifier-free guidance 12", "glaring colours, hard edges: lower the scale",
+    yield ("guidance", "classifier-free guidance 12", "glaring colours, hard edges: lower it",
            images(base, scale=12.0), losses)
     found, lost = kept("eps", prediction="eps")
     yield ("eps", "learnt eps, sampled as eps", "better than noise, with colours that are off: the "
            "noisiest levels teach it nothing", images(found, prediction="eps"), lost)
-    yield ("clip", "the same, x0_hat not clipped", "a good loss and samples in pure colours: at the "
-           "last level an error of eps is divided by sqrt(abar) = 0.00005",
+    yield ("clip", "the same, x0_hat not clipped", "a good loss and samples in pure colours: at "
+           "the last level an error of eps is divided by sqrt(abar) = 0.00005",
            images(found, prediction="eps", clip=float("inf")), lost)
 
 

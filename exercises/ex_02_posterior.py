@@ -5,6 +5,7 @@ Difficulty 3/5 - Importance 4/5 - 30 minutes
 If x_0 were known, how would x_t come to the level before it? q(x_s | x_t, x_0), s < t, is a product
 of two Gaussians in x_s: q(x_t | x_s) = N(sqrt(alpha) x_s, 1 - alpha) with alpha = abar_t / abar_s,
 and q(x_s | x_0). Bayes multiplies them: precisions add, means weigh by them. Ho et al. 2020, Eq. 7.
+At s = -1 one precision is infinite: multiply the fractions out before you write them down.
 
 Predict first: for s = -1, the clean image (abar = 1), what are mean and variance? No algebra.
 

@@ -11,6 +11,7 @@ a real model they do not quite: what makes the difference smaller?
 
 Write both functions. times runs from noise to the clean image and ends in -1, as of
 ddpm.even_times; the clean image is no level a network was trained on, so ask for eps at level 0.
+ddpm.pairs(times, x) gives each step's levels as tensors (t, t_next), (B,) each.
 
     python -m pytest exercises/test_03_ddim.py
 

@@ -16,6 +16,7 @@ Predict first: twice as many steps: what becomes of DDIM's error, what of this o
 network evaluations does a step cost?
 
 Write the sampler. lambda = logit(abar) / 2; clip x0_hat to [-clip, clip] before it is used.
+ddpm.pairs(times, x) gives each step's levels as tensors (t, t_next), (B,) each, as abar wants them.
 
     python -m pytest exercises/test_08_dpm_solver.py
 

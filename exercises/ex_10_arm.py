@@ -9,11 +9,12 @@ does the verdict claim a gain?
 Predict first: the training already mirrors at random. What will the arm gain over `replay`? Of 12
 verdicts on arms that do not differ, each at 95 %, how many will claim that guided beats all others?
 
-Write both functions. With `from ex_10_arm import mirrored` the arm is one line of the table ARMS in
-loop.py, "mirror": Arm(mirrored, copies=True), and a row of README's table (a test holds the two
-together). Then, in half a minute:
+Write both functions. To run the arm, copy `mirrored` into extras/children.py, import it in loop.py
+with the others there, add it to PLAIN (it needs no diffusion model) and a line to the table ARMS,
+"flipped": Arm(mirrored, copies=True), and to README's table of arms a row in the same place (a test
+holds the two together): a dozen lines in all. Then, in half a minute:
 
-    python loop.py --config configs/tiny.yaml --set loop.arms=[real,mirror,guided]
+    python loop.py --config configs/tiny.yaml --set loop.arms=[real,flipped,guided]
 
     python -m pytest exercises/test_10_arm.py
 

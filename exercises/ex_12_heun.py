@@ -9,8 +9,9 @@ The last step ends at s = 0, the clean image, where no network was trained: Eule
 
 Predict first: with the same number of network evaluations, will Heun beat DDIM at 6? At 50?
 
-Write the sampler, put it into ddpm.SAMPLERS as "heun", and draw with it from a finished run by
-examples/sample.py. Compare with dpm at equal evaluations. Where should the strides be long?
+Write the sampler; ddpm.pairs(times, x) gives each step's levels as tensors (t, t_next), (B,) each.
+Then put it into ddpm.SAMPLERS as "heun" and draw with it from a finished run by examples/sample.py.
+Compare with dpm at equal evaluations. Where should the strides be long?
 
     python -m pytest exercises/test_12_heun.py
 
