@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from engine.augment import (jitter_colour, random_shift, random_turn,
                             to_float)
-from engine.training import fit
+from engine.training import fit, wide
 
 # mean and spread of the published networks' inputs in 0..1, by channel
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -145,16 +145,16 @@ def build(network: str, size: int, classes: int,
 # ---- training --------------------------------------------------------------------------------
 
 def cumulative(weights: Tensor) -> Tensor:
-    """The table that `pick` searches: cumulative shares of the weights (N,), float64. Summed on the
-    CPU: a GPU has no deterministic cumulative sum."""
-    shares = weights.double() / weights.double().sum()          # (N,), sum 1
-    return shares.cpu().cumsum(0).to(weights.device)
+    """`pick`'s table, (N,): cumulative shares, on the CPU, as a GPU's sums have no fixed order."""
+    of = weights.cpu().double()                                 # (N,)
+    table = (of / of.sum()).cumsum(0)
+    return table.to(weights.device, wide(weights.device))
 
 
 def pick(table: Tensor, batch: int, generator: torch.Generator) -> Tensor:
     """(batch,) int64, each index drawn as often as its weight says: exact, and fast for any N."""
-    u = torch.rand(batch, generator=generator, device=table.device,     # (batch,)
-                   dtype=torch.float64)
+    on = {"generator": generator, "device": table.device}
+    u = torch.rand(batch, **on, dtype=table.dtype)              # (batch,)
     return torch.searchsorted(table, u).clamp(max=len(table) - 1)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.augment import random_turn, to_float
-from engine.training import EMA, fit
+from engine.training import EMA, fit, wide
 
 EpsModel = Callable         # (x_t, t) -> eps_hat, (B, C, H, W)
 
@@ -41,8 +41,8 @@ class Schedule:
             raise ValueError(f"schedule {kind!r}: linear or cosine")
 
         self.T = T
-        self.betas = betas.clamp(max=0.999).to(device)          # (T,)
-        self.alphas = 1 - self.betas
+        betas = betas.clamp(max=0.999).to(device, wide(device))
+        self.betas, self.alphas = betas, 1 - betas              # (T,)
         self.alphas_cumprod = self.alphas.cumprod(0)
         last = self.alphas_cumprod[-1]
         if last > 0.01:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from engine.config import Config, ConfigError
+from engine.training import wide
 
 try:
     import fcntl
@@ -94,7 +95,8 @@ class Run:
         return derive(self.config.loop.seed, *words)
 
     def tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.tensor(np.ascontiguousarray(array), device=self.device)
+        dtype = wide(self.device) if array.dtype == np.float64 else None
+        return torch.tensor(np.ascontiguousarray(array), dtype=dtype, device=self.device)
 
     def log(self, event: str, **details) -> None:
         """Append one line to log.jsonl."""
@@ -333,14 +335,16 @@ class Progress:
 
 
 def pick_device(name: str) -> torch.device:
-    """auto: CUDA if there, else the CPU. Raises ConfigError for a device that is not to be had."""
+    """auto: CUDA or Apple's mps (untested) if there, else the CPU. Raises ConfigError for a device
+    that is not to be had."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cpu" and not name.startswith("cuda"):
-        raise ConfigError(f"loop.device: '{name}' is unknown; write auto, cpu, cuda or cuda:1")
+        found = torch.accelerator.current_accelerator(check_available=True)
+        name = found.type if found and found.type in ("cuda", "mps") else "cpu"
+    if name not in ("cpu", "mps") and not name.startswith("cuda"):
+        raise ConfigError(f"loop.device: '{name}' is unknown; write auto, cpu, cuda, cuda:1 or mps")
     try:
         device = torch.zeros(1, device=name).device
-        if name != "cpu":
+        if device.type == "cuda":
             torch.cuda.set_device(device)
         return torch.device(name)
     except Exception:       # torch raises its own mixture here: RuntimeError, AssertionError, ...
@@ -352,7 +356,7 @@ def pick_bf16(choice: str, device: torch.device) -> bool:
     if choice != "auto":
         return choice == "true"
     return (torch.cuda.is_bf16_supported() if device.type == "cuda" else
-            bool(torch.cpu.get_capabilities().get("avx512_bf16")))
+            device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16")))
 
 
 def device_name(device: torch.device) -> str:

@@ -35,7 +35,7 @@ def clip_gradients(network: nn.Module, longest: float = 1.0) -> Tensor:
     """Cut each network's gradient to this length; several in a ModuleDict each by itself, so that
     none changes another's path. Returns the sum of the lengths before."""
     alone = network.values() if isinstance(network, nn.ModuleDict) else [network]
-    return sum(nn.utils.clip_grad_norm_(one.parameters(), longest, foreach=True) for one in alone)
+    return sum(nn.utils.clip_grad_norm_(one.parameters(), longest) for one in alone)
 
 
 def learning_rate(step: int, steps: int, lr: float, warmup: float = 0.1) -> float:
@@ -122,6 +122,11 @@ def seeded(seed: int, build: Callable[..., nn.Module], *args, **settings) -> nn.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build(*args, **settings).to(memory_format=torch.channels_last)
+
+
+def wide(device: torch.device | str) -> torch.dtype:
+    """float64; float32 on Apple's GPU, which has none. Nobody has run the program there yet."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def keep_freed_memory() -> None:

@@ -2,6 +2,8 @@
 
     python examples/train_student.py --config config.yaml
     python examples/train_student.py --config config.yaml --set classifier.steps=300
+
+Writes a picture of the images of val that it is surest and wrong about.
 """
 import sys
 from pathlib import Path
@@ -10,10 +12,12 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shown import sheet
+
 import classifier
 import data
 import evaluate
-from arguments import parser
+from arguments import output, parser
 from engine import config as configuration
 from engine.command import one_line
 from engine.run import Progress, pick_device
@@ -22,7 +26,9 @@ from engine.training import seeded
 
 @one_line("train_student.py")
 def main(argv=None):
-    arguments = parser("train_student.py", __doc__).parse_args(argv)
+    asked = parser("train_student.py", __doc__)
+    asked.add_argument("--out", type=output(".png"), default="student.png", help="the picture")
+    arguments = asked.parse_args(argv)
     c = configuration.load(arguments.config, arguments.set)
     k, device, progress = c.classifier, pick_device(c.loop.device), Progress("student")
     splits = data.load(c.data)
@@ -42,7 +48,12 @@ def main(argv=None):
                             val.lesions, min_count=1)
     print(f"{len(val)} images of val:", ", ".join(
         f"{name.replace('_', ' ')} {table.item():.3f}" for name, table in found.items()))
-    print("wrote nothing: these numbers are all")
+
+    names, worst = val.class_names, data.margins(probs, val).argsort()[:16]
+    said = [f"{names[val.labels[i]]} > {names[probs[i].argmax()]}" for i in worst]
+    sheet(arguments.out, [val.images[worst[:8]], val.images[worst[8:]]],
+          captions=[said[:8], said[8:]])
+    print(f"wrote {arguments.out}: what it gets most wrong, class > answer")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What a run tells: its data at the start, each round, and at the end predictions.npz,
 results.json, synthetic/, pictures/ and the report."""
+import hashlib
 import io
 import json
 
@@ -123,7 +124,7 @@ def by_round(run: Run, splits: dict, rounds: list, made: dict, used: dict, predi
 
 def write_synthetic(run: Run, train: ImageSet, made: list, used: np.ndarray) -> None:
     """synthetic/<class>/*.png, a folder data set, and synthetic.csv: the guided images that the arm
-    added, and their origin. used: index into the children of all rounds."""
+    added, and their origin; about.json: what they are. used: index into the children of all."""
     folder = run.folder / "synthetic"
     for name in train.class_names:
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -137,7 +138,13 @@ def write_synthetic(run: Run, train: ImageSet, made: list, used: np.ndarray) -> 
             rows.append((file, m.children.sources[i], name, pictures.group_of(train, m.targets[i]),
                          m.children.folds[i], f"{m.judge[i]:.4f}", f"{m.distance[i]:.2f}",
                          derive(run.seed("children", number), i)))
-    run.write("synthetic/synthetic.csv", csv_bytes(rows))
+    listed = csv_bytes(rows)
+    run.write("synthetic/synthetic.csv", listed)
+    content = [(folder / file).read_bytes() for file, *_ in rows[1:]] + [listed]
+    about = {"what": "drawn by a diffusion model, all that arm guided added: not selected by hand",
+             "images": len(rows) - 1, "config_and_data": run.fingerprint,
+             "content_sha256": hashlib.sha256(b"".join(content)).hexdigest()}
+    run.write("synthetic/about.json", json.dumps(about, indent=1) + "\n")
 
 
 def predict(run: Run, splits: dict, finals: dict, reference: list, predict) -> dict:

@@ -92,7 +92,7 @@ MORE_OVERRIDES = [
     ("loop.arms=guided", "loop.arms", "list"), ("loop.arms=[real, [guided]]", "arms[1]", "text"),
     ("loop.arms=[REAL]", "loop.arms[0]", "real"),
     ("loop.arms=[real, mirror]", "loop.arms[1]", "replay, recolour, noise, external, random"),
-    ("loop.device=", "loop.device", "auto"),
+    ("loop.device=", "loop.device", "auto"), ("loop.device=mps", "loop.device", "auto or cpu"),
     ("loop.device=cuda:x", "loop.device", "auto"), ("loop.device=cuda:99", "loop.device", "auto"),
     ("loop.bf16=maybe", "loop.bf16", "auto"), ("loop.deterministic=maybe", "deterministic", "true"),
     ("loop.deterministic=1", "loop.deterministic", "true or false"),

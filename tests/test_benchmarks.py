@@ -89,3 +89,29 @@ def test_sensitivity_of_the_survey_is_the_report_s():
     assert set(found) == set(survey.METRICS)
     for (subset, metric), table in found.items():
         assert table.mean() == pytest.approx(test[subset][metric]["value"], abs=1e-6)
+
+
+def test_what_you_should_see_writes_its_table_between_its_marks(tmp_path, monkeypatch, capsys):
+    import what_you_should_see
+    page, config = tmp_path / "page.md", tmp_path / "small.yaml"
+    config.write_text(f"extends: {HERE / 'configs/tiny.yaml'}\ndata: {{train: 160, val: 60}}\n"
+                      "unet: {width: 16}\nddpm: {batch: 4, T: 60}\nevaluate: {oracle: 100}\n"
+                      "classifier: {steps: 3, guide_steps: 3, batch: 8}\n")
+    page.write_text("before\n<!-- small -->\nold\n<!-- end of small -->\nafter\n")
+    arguments = ["--config", str(config), "--page", str(page), "--steps", "2"]
+    for _ in range(2):                          # the second time nothing is trained again
+        what_you_should_see.main(arguments)
+    text = page.read_text()
+    assert text.startswith("before\n<!-- small -->\n") and "old" not in text
+    assert text.endswith("\n<!-- end of small -->\nafter\n")
+    assert text.count("| ![2 steps](tour/seen_small_2.png) |") == 1
+    assert "A student: loss " in text and "at t = 45." in text
+    assert (tmp_path / "tour/seen_small_2.png").exists()
+    log = (tmp_path / "runs/what_you_should_see/small/log.jsonl").read_text()
+    assert log.count('"stage": "ddpm_2", "seconds"') == 1
+
+    page.write_text("no marks\n")
+    with pytest.raises(SystemExit) as stopped:
+        what_you_should_see.main(arguments)
+    assert stopped.value.code == 2 and page.read_text() == "no marks\n"
+    assert "<!-- small -->" in capsys.readouterr().err

@@ -44,10 +44,18 @@ def test_show_data_from_another_folder(tmp_path):
 def test_train_ddpm(tmp_path, capsys, sampler):
     example("train_ddpm.py")([*CONFIG, *SMALL, "--sampler", sampler, "--steps", "2"])
     said = capsys.readouterr().out
-    assert said == ("wrote ddpm.png: a row a class, a pair a group, real and from pure noise by "
-                    f"{sampler} in 2 steps\n")
+    assert said.endswith("wrote ddpm.png: a row a class, a pair a group, real and from pure noise "
+                         f"by {sampler} in 2 steps\n")
     width, height = Image.open(tmp_path / "ddpm.png").size
     assert width > 12 * 16 and height > 4 * 16          # 2 x 6 types, 4 classes, 16 pixels each
+
+
+def test_one_batch_is_learnt_by_heart(capsys):
+    example("train_ddpm.py")([*CONFIG, "--overfit-one-batch", "--set=data.train=40",
+                              "--set=data.val=40", "--set=data.test=40", "--set=unet.width=16",
+                              "--set=ddpm.batch=4", "--set=unet.multipliers=[1]"])
+    losses = [float(x) for x in re.findall(r"\d\.\d{3}", capsys.readouterr().out)]
+    assert len(losses) == 10 and losses[-1] < losses[0] / 10
 
 
 def test_train_student(capsys):
@@ -56,6 +64,46 @@ def test_train_student(capsys):
     found = dict(re.findall(r"(\w[\w ]*) (\d\.\d{3})", said))
     assert {"accuracy", "sensitivity", "specificity", "balanced accuracy", "auroc"} <= set(found)
     assert all(0 <= float(value) <= 1 for value in found.values())
+
+
+ON_A_RUN = {    # what each writes and says, on the small run
+    "forward.py": ([], r"^ +\d+ +[\d.]+ +[\d.]+$", 10),
+    "sample.py": (["--class", "mel", "--group", "VI", "--sampler", "dpm", "--steps", "3",
+                   "--guidance", "2", "--count", "9"], r"9 of mel on VI, dpm in 3 steps", 1),
+    "steer.py": (["--scales", "0", "3"], r"^guidance [03]: .* \d+%$", 2),
+    "skins.py": ([], r"^  carried to +[IV]+: +\d+ ", 6),
+    "guide_by_noise.py": ([], r"^  t = +\d+: [\d.]+$", 10),
+    "broken.py": ([], r"^(?:wrong sign *: +[1-9]|guide in eval mode: .* by 0%|"
+                      r"guide in train mode: .* by [1-9]\d*%)", 3)}
+
+
+@pytest.mark.parametrize("name", ON_A_RUN)
+def test_an_example_on_a_finished_run(tiny, tmp_path, capsys, name):
+    arguments, said, times = ON_A_RUN[name]
+    example(name)([str(tiny), *arguments])
+    found = capsys.readouterr().out
+    assert len(re.findall(said, found, re.M)) == times, found
+    assert f"wrote {name[:-3]}.png" in found
+    assert Image.open(tmp_path / f"{name[:-3]}.png").format == "PNG"
+
+
+@pytest.mark.parametrize("name, wrong, key", [
+    ("sample.py", ["--class", "mole"], "nv, bkl, bcc, mel"), ("sample.py", ["--count", "0"], "1"),
+    ("sample.py", ["--steps", "0"], "steps"), ("skins.py", ["--image", "60"], "0 to 59"),
+    ("forward.py", ["--image", "-1"], "0 to 59")])
+def test_what_a_run_has_not_is_refused_in_one_line(tiny, capsys, name, wrong, key):
+    with pytest.raises(SystemExit) as stopped:
+        example(name)([str(tiny), *wrong])
+    assert stopped.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{name}: ") and key in line
+
+
+def test_points_by_the_exact_score_land_where_they_were_asked(tmp_path, capsys):
+    example("points.py")(["--steps", "20", "--sampler", "dpm"])
+    found = dict(re.findall(r"^(\w+): ([\d.]+)%", capsys.readouterr().out, re.M))
+    assert float(found["exact"]) > 95 > float(found["trained"])
+    assert Image.open(tmp_path / "points.png").format == "PNG"
 
 
 @pytest.mark.parametrize("name", ["show_data.py", "train_ddpm.py", "train_student.py"])

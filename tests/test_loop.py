@@ -1,4 +1,5 @@
 """The loop as a whole: a small run, interrupted, resumed; and its parts by brute force."""
+import hashlib
 import json
 import os
 from collections import Counter
@@ -365,6 +366,13 @@ def test_near_copies_of_training_images_are_never_written(run, splits, train):
     copies = {image.tobytes() for image in made[0][::2]}
     assert not copies & {image.tobytes() for image in written}
     assert len(loop.kept([found, found], 15)) == 30 and loop.kept(None, 15) is None
+
+    about, table = (run.folder / "synthetic" / name for name in ("about.json", "synthetic.csv"))
+    about, lines = json.loads(about.read_text()), table.read_text().splitlines()[1:]
+    files = [(run.folder / "synthetic" / line.split(",")[0]).read_bytes() for line in lines]
+    whole = hashlib.sha256(b"".join(files) + table.read_bytes()).hexdigest()
+    assert about["content_sha256"] == whole and about["images"] == len(written)
+    assert about["config_and_data"] == run.fingerprint and "by hand" in about["what"]
 
 
 def test_checkpoints_belong_to_what_files_hold_and_not_to_where_they_lie(tmp_path, config, train):

@@ -1,5 +1,6 @@
 """README and docs/ say what is so: commands, counts, names, links; and test decides nothing."""
 import ast
+import importlib
 import re
 import shlex
 import sys
@@ -16,7 +17,8 @@ from engine.run import Run
 from guidance import OBJECTIVES
 
 HERE = Path(__file__).parents[1]
-PAGES = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
+PAGES = [HERE / "README.md", HERE / "CONTRIBUTING.md", HERE / "CHANGELOG.md",
+         *sorted((HERE / "docs").glob("*.md"))]
 TEXT = {page: page.read_text() for page in PAGES}
 README = TEXT[HERE / "README.md"]
 COMMANDS = [line.strip() for text in TEXT.values() for line in text.splitlines()
@@ -147,6 +149,64 @@ def test_every_word_of_the_glossary_is_used():
     assert len(words) > 20 and not [word for word in words if word.lower() not in used]
 
 
+# ---- the tour, the course -----------------------------------------------------------------------
+
+def test_every_function_that_a_page_links_is_there():
+    """[`module.name.name`](../module.py): the name is defined in that very file."""
+    found = [(page, *link) for page in PAGES
+             for link in re.findall(r"\[`([\w.]+)`\]\(([\w./]+\.py)\)", TEXT[page])]
+    assert len({name for _, name, _ in found}) > 25
+    for page, name, path in found:
+        module, _, inner = name.partition(".")
+        assert Path(path).stem == module, name
+        here = importlib.import_module(module)
+        for part in inner.split("."):
+            here = getattr(here, part)              # AttributeError names what is not there
+
+
+def test_the_tour_has_twelve_stops_each_with_what_a_stop_has():
+    stops = re.split(r"^## \d+\. .*$", TEXT[HERE / "docs/tour.md"], flags=re.M)[1:]
+    assert len(stops) == 12
+    for i, stop in enumerate(stops, 1):
+        assert "**Predict first.**" in stop and "**If it is wrong:**" in stop, i
+        assert re.search(r"\[`[\w.]+`\]\(\.\./\w+\.py\)", stop), i
+
+
+def test_every_picture_of_the_tour_has_the_command_that_draws_it():
+    tour, seen = (TEXT[HERE / f"docs/{name}.md"] for name in ("tour", "what_you_should_see"))
+    for name in re.findall(r"\(tour/(\w+)\.png\)", tour):
+        assert re.search(rf"^    python examples/{name}\.py .*--out docs/tour/{name}\.png$", tour,
+                         re.M), name
+    known = re.findall(r"\(tour/(\w+)\.png\)", tour + seen)
+    pictures = {path.stem: path.stat().st_size for path in (HERE / "docs/tour").glob("*.png")}
+    assert set(pictures) == set(known)
+    assert max(pictures.values()) < 60_000 and sum(pictures.values()) < 700_000
+
+
+def test_every_example_that_a_page_runs_knows_its_arguments(capsys):
+    """What each of these commands asks for, by the example's own --help."""
+    commands = [shlex.split(c, comments=True) for c in COMMANDS if "python examples/" in c]
+    helps = {}
+    for words in commands:
+        name = Path(words[1]).stem
+        if name not in helps:
+            with pytest.raises(SystemExit):
+                importlib.import_module(name).main(["--help"])
+            helps[name] = capsys.readouterr().out
+        assert all(word in helps[name] for word in words if word.startswith("--")), words
+    assert len(helps) > 9
+
+
+def test_the_course_lists_the_exercises_as_they_say_themselves():
+    rows = re.findall(r"^\| (\d+) \| \[(.*?)\]\(\.\./(\S+)\)(?: \(open-ended\))? "
+                      r"\| (\d) \| (\d) \| (\d+) \|$", TEXT[HERE / "docs/course.md"], re.M)
+    assert len(rows) == 12
+    for number, title, path, *figures in rows:
+        head = (HERE / path).read_text()
+        assert head.startswith(f'"""Exercise {number}') and f": {title}.\n" in head
+        assert "Difficulty {}/5 - Importance {}/5 - {} minutes".format(*figures) in head
+
+
 # ---- what the pages claim of the code ----------------------------------------------------------
 
 def test_requirements_are_the_five():
@@ -162,7 +222,8 @@ def test_requirements_are_the_five():
                 imported.add(node.module.split(".")[0])
     ours = {path.relative_to(HERE).parts[0].removesuffix(".py") for path in CODE}
     ours |= {path.stem for path in CODE}            # examples import each other
-    assert imported - ours - set(sys.stdlib_module_names) == {"torch", "numpy", "PIL", "yaml"}
+    used = {"torch", "numpy", "PIL", "yaml", "pytest"}      # pytest by the exercises' markers
+    assert imported - ours - set(sys.stdlib_module_names) == used
 
 
 def test_another_test_set_changes_nothing_but_its_scores(tmp_path):

@@ -15,8 +15,9 @@ import loop
 from classifier import ResNet
 from data import load_phantom
 from engine import config as configuration
-from engine.run import Run
-from engine.training import (EMA, clip_gradients, fit, learning_rate, seeded, step, step_generator)
+from engine.run import Run, pick_device
+from engine.training import (EMA, clip_gradients, fit, learning_rate, seeded, step, step_generator,
+                             wide)
 from oracle import normal
 
 
@@ -335,3 +336,10 @@ def test_from_a_student_to_its_network_there_are_five_frames(tmp_path):
     assert found == [[("engine/run.py", "train"), ("classifier.py", "train"),
                       ("engine/training.py", "fit"), ("engine/training.py", "step"),
                       ("classifier.py", "loss")]]
+
+
+def test_float64_everywhere_but_on_apples_gpu_which_has_none():
+    assert wide("cpu") is wide(torch.device("cuda:1")) is torch.float64
+    assert wide("mps") is wide(torch.device("mps")) is torch.float32
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    assert pick_device("auto").type == ("mps" if torch.backends.mps.is_available() else found)
