@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
             f"commit {commit()}, torch {torch.__version__}, Python {platform.python_version()}"))
 
     def error(self, message: str):
-        last_words(f"{self.prog}: {message}; see {self.prog} --help")
+        last_words(f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help")
         sys.exit(2)
 
 
