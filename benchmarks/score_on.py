@@ -133,7 +133,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     with one_line("score_on.py"):
         other = configuration.load(arguments.on, arguments.set)
-        print(told(score_on(arguments.run, arguments.on.stem, other)))
+        try:
+            print(told(score_on(arguments.run, arguments.on.stem, other)))
+        except (LookupError, TypeError, AttributeError) as error:
+            raise RunError(f"{arguments.run}: results.json or predictions.npz is damaged "
+                           f"({type(error).__name__}: {error}); run it again") from error
         print(f"wrote {arguments.run}/external_{arguments.on.stem}.json")
     return 0
 

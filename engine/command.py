@@ -2,7 +2,6 @@
 import argparse
 import contextlib
 import os
-import platform
 import shutil
 import signal
 import sys
@@ -15,11 +14,9 @@ import yaml
 from datasets.layouts import DataError
 from engine import config as configuration
 from engine.config import Config, ConfigError, require
-from engine.run import (Done, Run, RunError, commit, locked, new_folder,
-                        pick_device, write_bytes)
+from engine.run import Run, RunError, commit, locked, new_folder, write_bytes
 
 MEMORY = MemoryError, torch.OutOfMemoryError, torch.AcceleratorError
-STATUS = {KeyboardInterrupt: 130}       # of all else: 2
 OUTSIDE = (KeyboardInterrupt, OSError, *MEMORY)      # a resumed run may go better
 TROUBLE = (ConfigError, DataError, RunError, FloatingPointError, *OUTSIDE)
 
@@ -30,12 +27,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, program: str, about: str):
         super().__init__(prog=program, description=about, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.add_argument("--version", action="version", version=(
-            f"commit {commit()}, torch {torch.__version__}, Python {platform.python_version()}"))
+        self.add_argument("--version", action="version", version=f"commit {commit()}")
 
     def error(self, message: str):
-        last_words(f"{self.prog}: {message}; see {self.prog} --help")
-        sys.exit(2)
+        sys.exit(last_words(self.prog, ValueError(f"{message}; see {self.prog} --help")))
 
 
 @contextlib.contextmanager
@@ -44,36 +39,24 @@ def one_line(program: str) -> Iterator[None]:
     Ctrl-C with status 130."""
     try:
         open_streams()
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
+        yield
     except (ValueError, *TROUBLE) as error:
-        last_words(f"{program}: {said(error)}")
-        sys.exit(STATUS.get(type(error), 2))
+        sys.exit(last_words(program, error))
 
 
 def open_streams() -> None:
-    """Have stdout and stderr write any text there is. Raises RunError where stdout is closed."""
+    """Have stdout and stderr write any text, a line at once. RunError where stdout is closed."""
     sys.stderr = sys.stderr or open(os.devnull, "w")
     if sys.stdout is None:
         raise RunError("standard output is closed: send it to a file, or to /dev/null")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):      # not where a notebook listens
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
-def last_words(line: str) -> None:
-    """Say why it ends. What can no longer be written is let go, or Python would complain of it."""
-    for stream, text in ((sys.stderr, f"{line}\n"), (sys.stdout, "")):
-        try:
-            print(text, end="", file=stream, flush=True)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def said(error: BaseException) -> str:
-    """What went wrong in one line, and which keys make a batch smaller where that is what helps."""
+def last_words(program: str, error: BaseException, more: str = "") -> int:
+    """Say in one line why it ends, and return the exit status. What can no longer be written is let
+    go, or Python would complain of it."""
     text = str(error)
     if isinstance(error, KeyboardInterrupt):
         text = "stopped"
@@ -83,7 +66,13 @@ def said(error: BaseException) -> str:
         text = (text.strip() or "out of memory").split("\n")[0]
         if not isinstance(error, torch.AcceleratorError):
             text += "; halve ddpm.batch or classifier.batch, whichever stage it was, in a new run"
-    return " ".join(text.split())
+    line = f"{program}: {' '.join((text + more).split())}\n"
+    for stream, words in ((sys.stderr, line), (sys.stdout, "")):
+        try:
+            print(words, end="", file=stream, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return 130 if isinstance(error, KeyboardInterrupt) else 2
 
 
 def launch(experiment: Callable[[Run], None], known: dict, argv: list[str] | None = None,
@@ -114,7 +103,6 @@ def launch(experiment: Callable[[Run], None], known: dict, argv: list[str] | Non
         name = Path(path).stem if arguments.name is None else arguments.name
         require(name.isprintable() and name == Path(name).name not in ("", "..", "cache"),
                 f"--name: found {name!r}; write a new folder's name, no path, and not 'cache'")
-        pick_device(config.loop.device)
         if new:
             folder = new_folder(Path("runs"), name)
             keep(config, folder)
@@ -129,22 +117,16 @@ def launch(experiment: Callable[[Run], None], known: dict, argv: list[str] | Non
                 torch.use_deterministic_algorithms(True)
             for draw in draws:
                 print(draw)
-                with contextlib.suppress(Done):
+                with contextlib.suppress(SystemExit):       # it is finished
                     experiment(Run(draw, configuration.load(draw / "config.yaml", (), known)))
             pool(folder, draws) if draws else experiment(Run(folder, config))
-            sys.stdout.flush()
-        return 0
-    except Done as done:
-        print(done, flush=True)
         return 0
     except TROUBLE as error:
-        problem = said(error)
         if new and folder and not any(folder.glob("**/checkpoints/*")):
             shutil.rmtree(folder, ignore_errors=True)   # made a moment ago, and nothing in it yet
-        elif folder and folder.exists() and isinstance(error, OUTSIDE):
-            problem += f"; what was finished is kept, go on with: python loop.py --resume {folder}"
-        last_words(f"loop.py: {problem}")
-        return STATUS.get(type(error), 2)
+        lasting = folder and folder.exists() and isinstance(error, OUTSIDE)
+        return last_words("loop.py", error, lasting and "; what was finished is kept, go on with: "
+                          f"python loop.py --resume {folder}" or "")
 
 
 def keep(config: Config, folder: Path) -> None:
@@ -162,8 +144,6 @@ def stoppable(folder: Path) -> Iterator[None]:
         line = f"\nstopped; go on with: python loop.py --resume {folder}\n"
         with contextlib.suppress(OSError):
             os.write(2, line.encode(errors="replace"))
-        with contextlib.suppress(OSError, RuntimeError):    # it may be in the midst of a print
-            sys.stdout.flush()
         os._exit(128 + number)
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

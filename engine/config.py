@@ -202,9 +202,8 @@ def check_together(c: Config) -> Config:
          f"0.8, the rest is train; found {d.val_fraction + d.test_fraction:.2f}"),
         (k.weights and k.network in ("auto", "small"), f"classifier.network: found '{k.network}'; "
          "classifier.weights are of resnet18, resnet34 or resnet50: write which"),
-        # a stride over one pixel: oneDNN's bf16 gradient reads memory nobody wrote (torch 2.13)
-        (k.weights and d.size == 16, "data.size: with classifier.weights an image is halved five "
-         "times, for which 16 pixels are too few; write 32 or more"),
+        (k.weights and d.size == 16, "data.size: at 16 pixels the bf16 gradients of published "
+         "networks are of memory nobody wrote (a stride over one pixel); write 32 or more"),
         (g.steps > levels, f"guidance.steps: {g.steps} do not fit into the {levels} noise levels"),
         (inverts and g.sampler == "ddpm", "guidance.sampler: 'ddpm' draws noise anew and forgets "
          "the parent of a counterfactual: write ddim or dpm, or guidance.start: parent"),

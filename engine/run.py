@@ -41,10 +41,6 @@ class RunError(RuntimeError):
     """One line: what of the run folder cannot be used, and what to do."""
 
 
-class Done(Exception):
-    """One line: there is nothing left to do, and where the report is."""
-
-
 class Run:
     """runs/NAME: its config, device and seeds, and what it has finished so far.
     A checkpoint of another fingerprint is not used. seconds: from one save of a training to the
@@ -64,7 +60,7 @@ class Run:
 
     def begin(self, splits: dict) -> None:
         """Know the fingerprint, and write to seen.json which images this run sees. What the folder
-        holds of another config or of other data is set aside. Raises Done after the last stage."""
+        holds of another config or of other data is set aside. A finished run ends the process."""
         self.fingerprint, folder = fingerprint(self.config, splits), self.folder
         before = mapping(folder / "seen.json").get("fingerprint", self.fingerprint)
         if before != self.fingerprint:
@@ -79,16 +75,17 @@ class Run:
         self.write("seen.json", json.dumps({"fingerprint": self.fingerprint, **seen}))
         if mapping(folder / "results.json").get("fingerprint") == self.fingerprint and (
                 folder / "report.html").exists():
-            raise Done(f"{folder} is finished, nothing is left to do; its report: {folder}/report."
-                       f"html (to make it anew, remove {folder}/results.json)")
+            print(f"{folder} is finished, nothing is left to do; its report: {folder}/report.html "
+                  f"(to make it anew, remove {folder}/results.json)")
+            sys.exit()
 
     def progress(self, name: str, done: int = 0) -> "Progress":
         """That of a stage: its place in the plan, and how long those after it will take."""
         if name not in self.plan:
             return Progress(name, done)
-        place, foreseen = list(self.plan).index(name) + 1, list(self.plan.values())
-        return Progress(f"stage {place} of {len(foreseen)}, {name}", done,
-                        self.pace * sum(foreseen[place:]))
+        place, seconds = list(self.plan).index(name) + 1, [*self.plan.values()]
+        stage = f"stage {place} of {len(seconds)}, {name}"
+        return Progress(stage, done, self.pace * sum(seconds[place:]))
 
     def seed(self, *words) -> int:
         """A seed for every purpose: unrelated streams of (the run's seed, name, number, ...)."""
@@ -179,8 +176,7 @@ class Run:
 
     def load(self, name: str, device="cpu") -> dict | None:
         """What `save` was last given, or None. A checkpoint that is truncated, damaged or foreign
-        is named on stderr and set aside as *.bad; the one before it is used. Raises RunError
-        instead where the run is only read."""
+        is named on stderr and set aside as *.bad; the one before it is used. reading: RunError."""
         for path in (self.path(name), self.path(f"{name}.previous")):
             if not path.exists():
                 continue
@@ -239,15 +235,13 @@ def digests(images: np.ndarray) -> list[str]:
 
 def mapping(path: Path) -> dict:
     """What a json file holds; {} if it is absent, damaged or something else."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        if isinstance(found := json.loads(path.read_text(encoding="utf-8")), dict):
-            return found
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     return {}
 
 
 def csv_bytes(rows: Iterable) -> bytes:
-    """A csv. Text that a spreadsheet would run as a formula gets an apostrophe in front (OWASP, CSV
-    injection); external.read_made takes it off again."""
+    """A csv; text that a spreadsheet would run gets a ' in front (OWASP, CSV injection)."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(
         ["'" * str(cell).startswith(tuple("=+-@\t\r")) + cell if isinstance(cell, str) else cell
@@ -306,11 +300,10 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """One updating line on a terminal, a plain line every 20 seconds in a pipe.
-    later: seconds that the run will take after this stage."""
+    """One updating line on a terminal, a plain line every 20 seconds in a pipe."""
 
     def __init__(self, stage: str, done: int = 0, later: float | None = None):
-        self.stage, self.first, self.later = stage, done, later
+        self.stage, self.first, self.later = stage, done, later     # seconds of the run after it
         self.begun = self.shown = time.monotonic()
         self.clear, self.newline, self.wait = (
             ("\r\x1b[K", "", 0.2) if sys.stderr.isatty() else ("", "\n", 20))
@@ -366,7 +359,6 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def commit() -> str:
-    """Which state of the program this is."""
     git = subprocess.run("git describe --always --dirty", shell=True, text=True,
                          cwd=Path(__file__).parent, capture_output=True)
     return git.stdout.strip() or "unknown"

@@ -13,7 +13,7 @@ from extras.few_labels import TEACHERS
 
 def tell(run: Run, train: ImageSet, arms: dict, drawing: list[str]) -> None:
     """Print it, and what is done already; run.plan: the seconds of every stage, in their order.
-    arms: those of the run; drawing: the names of those that want the diffusion model."""
+    drawing: the names of the arms that want the diffusion model."""
     run.plan = plan = {}
     c, cuda = run.config, run.device.type == "cuda"
     x, labels = run.tensor(train.images[:c.ddpm.batch]), run.tensor(train.labels[:c.ddpm.batch])
@@ -32,31 +32,28 @@ def tell(run: Run, train: ImageSet, arms: dict, drawing: list[str]) -> None:
     learning = timed(classifier.train, resnet, x, labels, torch.ones(len(x), device=run.device),
                      batch=c.classifier.batch, jitter=0.1)
 
-    # evaluations a step: inverting, decoding, about two more for guidance's gradients; each is a
-    # third of a training step, which goes back as well
+    # inverting, decoding, two more for guidance; each a third of a training step, which goes back
     evaluations = 3 + (c.guidance.start == "counterfactual") + (c.guidance.classifier_free != 1)
     synthesis = (c.loop.added * c.loop.surplus * len(train) * c.guidance.steps * evaluations
                  * diffusion / c.ddpm.batch / 3)
-    student, joint = c.classifier.steps * learning, c.ddpm.classifier_weight
-    guide = (c.ddpm.steps if joint else c.classifier.guide_steps) * learning * 1.3
-
-    strengths, rounds = c.classifier.jitter, range(1, c.loop.rounds + 1)
+    student, strengths = c.classifier.steps * learning, c.classifier.jitter
     plan |= {f"jitter_{s:g}": student for s in strengths if len(strengths) > 1}
     plan |= {f"teacher_{s}": student for s in range(TEACHERS) if c.data.labelled < 1}
-    plan |= {"ddpm": c.ddpm.steps * diffusion + guide * bool(joint)} if drawing else {}
-    plan |= {"guide": guide} if drawing and not joint else {}
+    if drawing and c.ddpm.classifier_weight:      # the guide learns with it
+        plan["ddpm"] = c.ddpm.steps * (diffusion + learning * 1.3)
+    elif drawing:
+        plan |= {"ddpm": c.ddpm.steps * diffusion, "guide": c.classifier.guide_steps * learning}
     plan["judge"] = student
-    for number in rounds:
+    for number in range(1, c.loop.rounds + 1):
         plan |= {f"crossfit_{number}_{k}": student for k in range(c.data.folds)}
         plan |= {f"{name}_{number}": synthesis / c.loop.rounds for name in drawing}
     plan |= {f"student_{name}_{s}": student for name in arms for s in range(c.loop.seeds)}
-    plan |= {f"round_{number}_{name}": student for number in rounds[:-1] for name in arms
-             if arms[name].child}
+    plan |= {f"round_{number}_{name}": student for number in range(1, c.loop.rounds)
+             for name in arms if arms[name].child}
     plan |= {"critic": student} if any(arm.child for arm in arms.values()) else {}
     plan["report"] = 30.0
 
     # One after another: what stands before a stored one is done too.
     done = max((i for i, name in enumerate(plan, 1) if run.path(name).exists()), default=0)
-    left = sum(list(plan.values())[done:])
     print(f"this will take about {clock(sum(plan.values()))} on this machine, {len(plan)} stages"
-          + f"; {done} are done, about {clock(left)} left" * bool(done), flush=True)
+          + f"; {done} are done, about {clock(sum([*plan.values()][done:]))} left" * bool(done))

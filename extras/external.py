@@ -1,5 +1,4 @@
 """Images made elsewhere, as an arm of a run."""
-import re
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +34,8 @@ def read_made(path: str, like: ImageSet, size: int) -> ImageSet:
     root, key = Path(path), "guidance.external"
     if root.is_file():
         columns = ("image", "class", "group")
-        rows = [tuple(re.sub(r"^'(?=[=+@-])", "", row[k]) for k in columns)     # see csv_bytes
-                for row in layouts.read_csv(root, columns)]
+        rows = [tuple(row[k][row[k].startswith(("'=", "'+", "'-", "'@")):] for k in columns)
+                for row in layouts.read_csv(root, columns)]     # without what csv_bytes put there
         root = root.parent
     else:
         parts = [file.relative_to(root).parts for file in photos(root, key)]

@@ -8,7 +8,6 @@ import base64
 import collections
 import contextlib
 import json
-import math
 import re
 import sys
 import zipfile
@@ -84,7 +83,7 @@ def write(folder: Path) -> None:
         with contextlib.suppress(ValueError, RecursionError):   # a kill may leave half a line
             match json.loads(line):
                 case {"event": "loss", "stage": str(name), "step": int(), "loss": float(x)} as e:
-                    log += [e] * (bool(re.fullmatch(r"[\w.]+", name)) and 0 < x < math.inf)
+                    log += [e] * (bool(re.fullmatch(r"[\w.]+", name)) and 0 < x < 1e9)
                 case {"event": "stage", "stage": str(), "seconds": int() | float()} as e:
                     log.append(e)
     for path in sorted((folder / "pictures").glob("*.png")):

@@ -1,7 +1,7 @@
 """Malformed input through the program's own front door: one line and status 2, or as documented.
 
 Every row goes through the command line; an experiment that ends once the data are split stands in
-for the whole one. benchmarks/fuzz.py goes on with thousands of random ones.
+for the whole one. benchmarks/hostile.py goes on with thousands of random ones.
 """
 import io
 import os

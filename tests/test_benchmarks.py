@@ -65,9 +65,25 @@ def test_load():
     assert len(list(Path("ledger/synthetic").glob("*/*.png"))) == 60
 
 
-def test_fuzz():
-    import fuzz
-    assert fuzz.main(["--cases", "30"]) == 0
+def test_hostile_inputs(tiny):
+    import hostile
+    kinds = [kind for kind in hostile.KINDS if kind != hostile.SLOW]
+    found = hostile.tried(tiny, 20, 0, kinds)
+    assert found["wrong"] == 0 and found["refused"] > 7
+
+
+def test_hostile_sees_what_is_wrong():
+    import hostile
+
+    def case(call, holds=lambda status: ""):
+        return hostile.Case("", "x", call, holds)
+
+    def line(*words):
+        return lambda: print(*words, sep="\n", file=sys.stderr) or 2
+    assert hostile.knock(case(line("x: no"))) == (2, "")
+    for call in (line("x: no", "x: more"), line("no"), line(), lambda: {}["a"], lambda: 1):
+        assert hostile.knock(case(call))[1]
+    assert hostile.knock(case(lambda: 0, lambda status: "gone"))[1] == "gone"
 
 
 def test_sensitivity_of_the_survey_is_the_report_s():
