@@ -14,6 +14,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 import data
 from evaluate import auroc, interval, lesion_weights, mean_known, score, seed_spread, share, vote
 
+SAME = 3.0      # grey levels (see `nearest`) that mirroring, turning or storing anew can make
 THRESHOLDS = {"sensitivity_at_90": 0.90, "sensitivity_at_95": 0.95}     # name: specificity on val
 
 
@@ -196,6 +197,13 @@ def nearest(images: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarr
     distance, index = (np.stack(part) for part in zip(*found))
     best = distance.argmin(0), np.arange(len(images))
     return distance[best], index[best]
+
+
+def copy_distance(unseen, seen) -> float:
+    """Nearer to a seen image is a copy: nearly every unseen one, copies aside, is farther."""
+    distance = nearest(unseen.images, seen.images)[0]
+    distance = distance[distance > SAME]
+    return float(np.quantile(distance, 0.01)) if len(distance) else SAME
 
 
 def same_mixture(sets: list, seed: int) -> list[np.ndarray]:

@@ -95,7 +95,7 @@ def count(files):
 def short_files(files):
     whole = {path: text for path, text in files.items() if path.split("/")[0] not in BESIDE}
     counts = {"the seven": (count({p: files.get(p, "") for p in METHOD}), 1650),
-              "loop.py": (count({"": files.get("loop.py", "")}), 300), "all": (count(whole), 5000)}
+              "loop.py": (count({"": files.get("loop.py", "")}), 300), "all": (count(whole), 5110)}
     return [f"{name}: {found} lines, at most {most}" for name, (found, most) in counts.items()
             if found > most]
 
