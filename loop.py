@@ -9,7 +9,7 @@ back what an earlier attempt has finished.
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -63,6 +63,7 @@ def experiment(run: Run) -> None:
     splits = data.load(c.data, run.cache, Progress("data"))
     splits |= few_labels.hide(c.data, splits)
     splits |= external.load_made(c, splits["train"])
+    splits |= estimate.doubts(c, splits)
     run.fingerprint = fingerprint(c, splits)
     arms = outcome.begin(run, splits, ARMS)
     makers = {name: arm for name, arm in arms.items() if arm.child}
@@ -244,21 +245,18 @@ class Filter:
     def __init__(self, run: Run, judge: nn.Module,
                  seen: ImageSet, splits: dict):
         self.run, self.judge, self.seen = run, judge, seen
-        val, test = splits["val"].images, splits["test"].images
-        self.every = np.concatenate([seen.images, val, test])
-        # Nearer to a training image than nearly every unseen one is.
-        distance, _ = measures.nearest(val, seen.images)
-        self.too_near = float(np.quantile(distance, 0.01))
+        self.too_near = measures.copy_distance(splits["val"], seen)
+        self.held_out = partial(external.held_out, self, splits)
 
     def __call__(self, arm: Arm, children: ImageSet, finite):
         """(judge, distance, rejected_by), (N,) each: see Candidates."""
         probs = predict(self.run, self.judge, children.images)
-        known = self.seen.images        # a maker elsewhere may know val and test
-        known = self.every if arm.parents == "external" else known
-        distance, _ = measures.nearest(children.images, known)
+        distance, _ = measures.nearest(children.images, self.seen.images)
         why = np.zeros(len(children), np.int64)
         if not arm.copies:
-            why[distance < self.too_near] = REASONS.index("copy")
+            why[distance <= self.too_near] = REASONS.index("copy")
+        if arm.parents == "external":   # a maker elsewhere may know val and test
+            why[self.held_out(children.images)] = REASONS.index("copy")
         why[probs.argmax(1) != children.labels] = REASONS.index("judge")
         finite = np.broadcast_to(finite, why.shape)
         why[~finite] = REASONS.index("nonfinite")
@@ -269,7 +267,8 @@ def as_many_each(makers: dict, made: dict, most: int) -> dict:
     """What each arm adds: as many images in all of them, in the order they were made in."""
     passed = {name: np.concatenate([m.rejected_by == 0 for m in made[name]])
               for name in makers}
-    empty = ", ".join(name for name in passed if not passed[name].any())
+    empty = {name: outcome.tally(made[name][-1].rejected_by)
+             for name in passed if not passed[name].any()}
     # Children of the same parents stay together: those that passed in all.
     alike = [name for name, arm in makers.items()
              if arm.parents == "hard" and arm.child is not from_noise]
@@ -278,8 +277,9 @@ def as_many_each(makers: dict, made: dict, most: int) -> dict:
     fair = [passed[name].sum() for name in passed if name != "leaked"]
     count = min([most, *fair])
     if empty or count == 0:
-        raise DataError(f"the filter left no image for {empty or alike}: raise "
-                        "ddpm.steps or lower guidance.objectives")
+        names = ", ".join(empty or alike)
+        raise DataError(f"the filter left no image for {names}: {empty}; "
+                        "raise ddpm.steps or lower guidance.objectives")
     if count < most:
         print(f"every arm adds {count} of {most} images (loop.surplus)")
     added = {}
