@@ -10,6 +10,7 @@ A resumed run walks the same lines: run.stage and run.train hand back what is fi
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -66,6 +67,7 @@ def experiment(run: Run) -> None:
     splits = data.load(c.data, run.cache, Progress("data"))
     splits |= few_labels.hide(c.data, splits)
     splits |= external.load_made(c, splits["train"])
+    splits |= estimate.doubts(c, splits)
     run.begin(splits)
     arms = outcome.begin(run, splits, ARMS)
     makers = {name: arm for name, arm in arms.items() if arm.child}
@@ -237,19 +239,18 @@ class Filter:
     def __init__(self, run: Run, judge: nn.Module,
                  seen: ImageSet, splits: dict):
         self.run, self.judge, self.seen = run, judge, seen
-        val, test = splits["val"].images, splits["test"].images
-        every = [seen.images, val, test]    # a maker elsewhere may know
-        self.known = {"external": np.concatenate(every)}
         self.too_near = measures.copy_distance(splits["val"], seen)
+        self.held_out = partial(external.held_out, self, splits)
 
     def __call__(self, arm: Arm, children: ImageSet, finite):
         """(judge, distance, rejected_by), (N,) each: see Candidates."""
         probs = predict(self.run, self.judge, children.images)
-        known = self.known.get(arm.parents, self.seen.images)
-        distance, _ = measures.nearest(children.images, known)
+        distance, _ = measures.nearest(children.images, self.seen.images)
         why = np.zeros(len(children), np.int64)
         if arm.filtered:
             why[distance <= self.too_near] = REASONS.index("copy")
+            if arm.parents == "external":       # may know val and test
+                why[self.held_out(children.images)] = REASONS.index("copy")
             why[probs.argmax(1) != children.labels] = REASONS.index("judge")
             finite = np.broadcast_to(finite, why.shape)
             why[~finite] = REASONS.index("nonfinite")

@@ -1,11 +1,30 @@
-"""What the arrays of an image set and the shares of a split must be, each with its one line."""
-import numpy as np
+"""What the arrays of an image set and the names in a data set must be, each with its one line."""
+import re
+import unicodedata
 
-from datasets.layouts import DataError
+import numpy as np
 
 PER_IMAGE = {"images": "uint8", "labels": "int64", "groups": "int64", "lesions": "str",
              "folds": "int64", "sources": "str", "subtypes": "int64", "guessed": "bool"}
 NAMES = ("class_names", "group_names", "malignant", "subtype_names")
+ODD = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]|.{300}")  # \ud800: bytes, not utf-8
+# No path, and nothing that Windows, a run or its report has taken: a class names a folder in runs
+UNFIT = re.compile(r"""\..*|.*[. ]|.*[/\\:*?"<>|].*|(con|prn|aux|nul|com\d|lpt\d)(\..*)?|all|"""
+                   r"synthetic\.csv|.{80,}", re.I)
+
+
+class DataError(ValueError):
+    """One line: the file or key, what was found there, and what to write instead."""
+
+
+def folder_names(names) -> None:
+    """Raise DataError unless these classes can be folders side by side on any system."""
+    taken = {}
+    for name in names:
+        twin = taken.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if twin != name or ODD.search(name) or UNFIT.fullmatch(name):
+            why = "can name no folder" if twin == name else f"differs from {twin!r} in case alone"
+            raise DataError(f"class {name!r} {why}: rename it, runs write synthetic/<class>/")
 
 
 def checked(fields: dict) -> dict:

@@ -15,9 +15,11 @@ from datasets.layouts import DataError, Listing, Row
 VERSION = 2     # part of the cache's key: raise it whenever `decode` gives other pixels
 # No others, whatever a file is called: PostScript would start Ghostscript. JPEG reads MPO too.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
-# What Pillow raises for foreign, truncated, damaged, unsupported and absurdly large files
+PIXELS = 2 ** 26        # of the largest image that is decoded, 8,192 a side: 0.8 GB of memory
+Image.MAX_IMAGE_PIXELS = None       # Pillow's limit is higher, and it warns below that
+# What Pillow raises for foreign, truncated, damaged and unsupported files
 UNREADABLE = (OSError, EOFError, ValueError, SyntaxError, RuntimeError, ArithmeticError,
-              LookupError, struct.error, Image.DecompressionBombError)
+              LookupError, TypeError, MemoryError, struct.error)
 
 
 def read(c, cache=None, progress=None) -> tuple[dict, dict, np.ndarray | None]:
@@ -95,8 +97,10 @@ def decode(source: Path | np.ndarray, size: int) -> np.ndarray:
     no less than twice the size, which is several times faster. Turned as EXIF says."""
     with (Image.open(source, formats=FORMATS) if isinstance(source, Path)
           else Image.fromarray(source)) as image:
+        if image.width * image.height > PIXELS:
+            raise OSError(f"{image.width} x {image.height} pixels, over {PIXELS:,}; reduce it")
         image.draft("RGB", (2 * size, 2 * size))
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(("I", "F")):
             raise OSError(f"mode {image.mode} has more than 8 bits a channel")   # would clip white
         side = min(image.size)

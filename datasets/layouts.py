@@ -12,9 +12,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
+
+from datasets.checks import ODD, DataError, folder_names
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 HAM_CLASSES = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
@@ -25,12 +28,9 @@ PARTITIONS = ("three_partition_label", "nine_partition_label", "label")   # of F
 SKIN_TYPES = dict(zip("123456", ("I", "II", "III", "IV", "V", "VI")))
 UNKNOWN = ("", "-1", "na", "nan", "none", "unknown")     # how files say that a value is not known
 SPLITS = ("train", "val", "test")
+NO_LESIONS = "which images show one lesion is unknown: every image counts as a lesion of its own"
 BROKEN = (OSError, EOFError, ValueError, LookupError, TypeError, MemoryError, RuntimeError,
           zlib.error, zipfile.BadZipFile)                # what a damaged or foreign npz raises
-
-
-class DataError(ValueError):
-    """One line: the file or key, what was found there, and what to write instead."""
 
 
 def first_ten(problems: list[str]) -> str:
@@ -64,7 +64,10 @@ class Listing:
 def read(c) -> Listing:
     """The listing of the data set that `c`, the config's section data, describes; config.yaml has
     the keys. Raises DataError where no listing can be made at all."""
-    files, group = files_below(c.root), "" if c.group == "ita" else c.group   # ita: from pixels
+    group = "" if c.group == "ita" else c.group         # ita: from pixels
+    given = Path(os.path.expanduser(c.root))            # of kind csv it may be the table itself
+    root = given.parent if c.kind == "csv" and given.is_file() else given
+    files, links = files_below(root)
     ham = "HAM10000_metadata.csv", "HAM10000_metadata"
     columns = (c.image_column, c.label_column, c.lesion_column, group)
     kinds = {"ham10000": lambda: Listing(table(the_file(files, *ham), "image_id", "dx", "lesion_id",
@@ -72,10 +75,17 @@ def read(c) -> Listing:
              "isic": lambda: isic(files, group),
              "fitzpatrick17k": lambda: fitzpatrick17k(files, c.label_column, group),
              "dermamnist": lambda: dermamnist(files, group),
-             "folder": lambda: own_classes(folder(files, c.root), c.malignant),
-             "csv": lambda: own_classes(table(the_file(files, "*.csv"), *columns), c.malignant)}
+             "folder": lambda: own_classes(folder(files, links, root), c.malignant),
+             "csv": lambda: own_classes(table(
+                 given if given.is_file() else the_file(files, "*.csv"), *columns), c.malignant)}
     listing = kinds[c.kind]()
-    check(listing, files, Path(c.root))
+    folder_names(listing.class_names)
+    named = check(listing, files, root)
+    passed = links + [path for path in files if path not in named and (
+        path.suffix.lower() in SUFFIXES or path.relative_to(root).parts[0] in listing.class_names)]
+    if passed:
+        names = first_ten([repr(path.relative_to(root).as_posix()) for path in passed])
+        listing.notes += (f"files and links that are passed over: {len(passed)}: {names}",)
     return listing
 
 
@@ -166,18 +176,19 @@ def array(path: Path, name: str) -> np.ndarray:
         raise DataError(f"{path.name}: {name} cannot be read ({error}); replace the file") from None
 
 
-def folder(files: list[Path], root) -> list[Row]:
-    """root/<class>/*, images of any of SUFFIXES."""
-    inside = [path.relative_to(root) for path in files if path.parent != Path(root)]
+def folder(files: list[Path], links: list[Path], root: Path) -> list[Row]:
+    """root/<class>/*, images of any of SUFFIXES. links: those that are not followed."""
+    inside = [path.relative_to(root) for path in files if path.parent != root]
     rows = [Row(path.as_posix(), path.parts[0]) for path in inside
             if len(path.parts) == 2 and path.suffix.lower() in SUFFIXES]
     names = {row.label for row in rows}
+    linked = {path.name for path in links if path.parent == root and path.is_dir()}
+    if empty := {path.parts[0] for path in inside} - names | linked:
+        raise DataError(f"data.root: {root}/{min(empty)} holds no {', '.join(SUFFIXES)} of its "
+                        "own or is a link; put its images directly there or remove it")
     if len(names) < 2:
         raise DataError(f"data.root: {root} holds {len(names)} class folders with images; "
                         f"write root/<class>/* ({', '.join(SUFFIXES)}) for at least two classes")
-    if empty := {path.parts[0] for path in inside} - names:
-        raise DataError(f"data.root: {root}/{min(empty)} holds no {', '.join(SUFFIXES)} of its "
-                        "own; put its images directly there or remove it")
     return rows
 
 
@@ -192,44 +203,57 @@ def own_classes(rows: list[Row], malignant) -> Listing:
 
 
 # ---------------------------------------------------------------------------- what they share
-def files_below(root) -> list[Path]:
-    """Every file below `root`, sorted by path. Left out: hidden ones, and links that lead out of
-    the root: what a data set lists never reads a file elsewhere."""
-    if not root or not os.path.isdir(root):
-        raise DataError(f"data.root: {root!r} is not a folder; write the one that holds the data")
-    found, inside = [], Path(root).resolve()
+def files_below(root: Path, key: str = "data.root") -> tuple[list[Path], list[Path]]:
+    """Every file below `root` but hidden ones, and the links that are not followed, each sorted by
+    path: to folders and out of the root. What a data set lists never reads a file elsewhere."""
+    if not root.is_dir():
+        raise DataError(f"{key}: {str(root.absolute())!r} is not a folder; write the one that "
+                        "holds the data")
+    found, links, inside = [], [], root.resolve()
     for at, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith((".", "__MACOSX"))]
+        links += [Path(at, name) for name in subfolders if os.path.islink(os.path.join(at, name))]
         found += [Path(at, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path.is_file() and (
-        not path.is_symlink() or path.resolve().is_relative_to(inside)))
+    links += [path for path in found if path.is_symlink() and not (
+        path.is_file() and path.resolve().is_relative_to(inside))]
+    return sorted(path for path in {*found} - {*links} if path.is_file()), sorted(links)
 
 
 def the_file(files: list[Path], *patterns: str) -> Path:
     """The one file whose name matches."""
     found = [path for path in files if any(fnmatch(path.name, p) for p in patterns)]
     if len(found) != 1:
-        names = ": " + ", ".join(path.name for path in found) if found else ""
+        names = ": " * bool(found) + ", ".join(path.name for path in found)
         raise DataError(f"data.root: {len(found) or 'no'} {' or '.join(patterns)} below it{names}; "
                         "there must be one")
     return found[0]
 
 
 def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    """The rows of a csv with a header, stripped; commas or tabs. Raises DataError, also if one of
-    `columns` is missing ("" is none, nor is the nameless one that some programs write)."""
+    """The rows of a csv with a header, stripped; commas, semicolons or tabs. Raises DataError, also
+    if one of `columns` is missing; "" is none, nor is the nameless one that some programs write."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:   # -sig: spreadsheets add a BOM
             header = file.readline()
             file.seek(0)
-            rows = list(csv.DictReader(file, delimiter="\t" if "\t" in header else ","))
+            cells = csv.reader(file, delimiter=max(",;\t", key=header.count), skipinitialspace=True)
+            (_, names), *rows = [(cells.line_num, row) for row in cells if row] or [(1, [])]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path.name}: not a readable csv ({error}); write utf-8 text") from None
-    missing = ["rows"] if not rows else [f"column {k}" for k in columns if k and k not in rows[0]]
-    if missing:
-        raise DataError(f"{path.name}: no {missing[0]}; its first line must name "
-                        f"{', '.join(filter(None, columns))}, found {header.strip()[:80]!r}")
-    return [{k: (v or "").strip() for k, v in row.items() if k} for row in rows]
+    names = [name.strip() for name in names]
+    wrong = [f"no column {name}" for name in columns if name and name not in names]
+    wrong += [f"two columns {name}" for name in names if name and names.count(name) > 1]
+    if wrong or not rows:
+        raise DataError(f"{path.name}: {wrong[0] if rows else 'no rows'}; its first line must name "
+                        f"{', '.join(filter(None, columns))}, each once, found "
+                        f"{header.strip()[:80]!r}")
+    for line, row in rows:
+        if len(row) > len(names):
+            raise DataError(f"{path.name}, line {line}: {len(row)} fields, where the header names "
+                            f"{len(names)}: quote a value that holds a separator")
+    rows = [[value.strip() for value in row] for _, row in rows]
+    return [{name: value[value.startswith(("'=", "'+", "'-", "'@")):]   # as run.csv_bytes writes it
+             for name, value in zip_longest(names, row, fillvalue="") if name} for row in rows]
 
 
 def table(path: Path, *columns: str) -> list[Row]:
@@ -237,16 +261,23 @@ def table(path: Path, *columns: str) -> list[Row]:
     return [Row(*(row.get(name, "") for name in columns)) for row in read_csv(path, columns)]
 
 
-def check(listing: Listing, files: list[Path], root: Path) -> None:
+def check(listing: Listing, files: list[Path], root: Path) -> set[Path]:
     """Find each row's file and list what is wrong; rows that cannot be decoded are taken out. An
-    image id is the file's name, with or without suffix, in any folder, or its path below root."""
-    by_path, by_stem, members, good = {}, {}, {}, {}
+    image id is the file's name, with or without suffix, in any folder, or its path below root.
+    Returns the files named."""
+    by_path, by_stem, members, good, named = {}, {}, {}, {}, set()
     for path in files:
         if path.suffix.lower() in SUFFIXES:
             by_path[path.relative_to(root).as_posix()] = [path]
             by_stem.setdefault(path.stem, []).append(path)
     listing.total, classes = len(listing.rows), listing.class_names
+    if not any(row.lesion for row in listing.rows):
+        listing.notes += (NO_LESIONS,)
     for row in listing.rows:
+        if row.image and row.image not in by_path:      # ./a.jpg, b\\a.jpg, ~/root/a.jpg
+            path = Path(os.path.expanduser(row.image.replace("\\", "/")))
+            inside = path.is_relative_to(root.absolute())
+            row.image = (path.relative_to(root.absolute()) if inside else path).as_posix()
         row.lesion = row.lesion or row.image
         members.setdefault(row.lesion, []).append(row)
     for row in listing.rows:
@@ -254,10 +285,13 @@ def check(listing: Listing, files: list[Path], root: Path) -> None:
         name = image[:image.rfind(".")] if image.lower().endswith(SUFFIXES) else image
         twins = [row.path] if row.path else by_path.get(image) or by_stem.get(name, [])
         one = next((r for r in family if r.label in classes), row)
+        named.update(twins)
         # a common re-pack holds every image in two folders; harmless while they are the same
         sizes = {path.stat().st_size for path in twins}
         listing.problems += [(text, [r.image for r in concerned]) for wrong, text, concerned in (
             (not image, "a row without an image id", [row]),
+            (ODD.search(image), f"image {image!r} is too long, or holds what cannot be printed or "
+                                "decoded: rename it", [row]),
             (label not in classes, f"image {image} has the class {label!r}: write one of "
                                    f"{', '.join(classes)}", [row]),
             (label != one.label, f"lesion {row.lesion} is {one.label} in {one.image} but {label} "
@@ -270,6 +304,7 @@ def check(listing: Listing, files: list[Path], root: Path) -> None:
             row.path, good[image] = twins[0], row
     # files come sorted, so that neither the csv's order nor the disk's changes a split
     listing.rows = [good[image] for image in (good if listing.pixels else sorted(good))]
+    return named
 
 
 def coded(values: list[str]) -> tuple[tuple[str, ...], np.ndarray]:

@@ -4,7 +4,6 @@ import math
 import ex_12_heun
 import numpy as np
 import pytest
-import torch
 from test_08_dpm_solver import SCHEDULE, X, errors, gaussian
 
 from ddpm import sample_ddim

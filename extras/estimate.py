@@ -1,13 +1,16 @@
-"""How long a run will take on this machine, from a few timed steps of each kind."""
+"""What is said before anything is trained: how long it will take, and doubts about the data."""
 import time
+from dataclasses import replace
 
+import numpy as np
 import torch
 
 import classifier
 import ddpm
 from data import ImageSet
+from datasets.layouts import NO_LESIONS, first_ten
 from engine.run import Run, clock
-from extras import networks
+from extras import measures, networks
 from extras.few_labels import TEACHERS
 
 
@@ -57,3 +60,21 @@ def tell(run: Run, train: ImageSet, arms: dict, drawing: list[str]) -> None:
     done = max((i for i, name in enumerate(plan, 1) if run.path(name).exists()), default=0)
     print(f"this will take about {clock(sum(plan.values()))} on this machine, {len(plan)} stages"
           + f"; {done} are done, about {clock(sum([*plan.values()][done:]))} left" * bool(done))
+
+
+def doubts(c, splits: dict) -> dict:
+    """{"train": the same, with notes}: of classes too rare for a verdict and, where no lesion is
+    known, of images in two splits that are the same but for a turn, a mirror or their storing."""
+    test, most = splits["test"], c.evaluate.min_count
+    counts = {name: len(np.unique(test.lesions[test.labels == y]))
+              for y, name in enumerate(test.class_names)}
+    notes = [f"test has {n} lesions of {name} where {most} are wanted (evaluate.min_count): no "
+             "verdict possible" for name, n in counts.items() if n < most]
+    pairs = [("val", "train"), ("test", "train"), ("test", "val")]
+    for a, b in pairs if NO_LESIONS in splits["train"].notes else ():
+        distance, index = measures.nearest(splits[a].images, splits[b].images)
+        twins = [f"{splits[a].sources[i]} = {splits[b].sources[index[i]]}"
+                 for i in np.flatnonzero(distance <= measures.SAME)]
+        notes += [f"images of {a} that are one of {b}, turned, mirrored or stored anew: "
+                  f"{len(twins)}: {first_ten(twins)}"] * bool(twins)
+    return {"train": replace(splits["train"], notes=(*splits["train"].notes, *notes))}

@@ -172,12 +172,14 @@ def lines(change):
 WHOLE = COLUMNS + "".join(LINES)
 TABLES = [  # (name, content, hint of the refusal or None: read as documented)
     ("as it should be", WHOLE, None), ("empty", "", "rows"), ("header alone", COLUMNS, "rows"),
-    ("no header", "".join(LINES), "lesion_id"), ("semicolons", WHOLE.replace(",", ";"), "image_id"),
+    ("no header", "".join(LINES), "lesion_id"), ("semicolons", WHOLE.replace(",", ";"), None),
     ("tabs", WHOLE.replace(",", "\t"), None), ("pipes", WHOLE.replace(",", "|"), "image_id"),
     ("byte order mark", "\ufeff" + WHOLE, None), ("Windows line ends", WHOLE.replace("\n", "\r\n"),
                                                   None),
     ("old Mac line ends", WHOLE.replace("\n", "\r"), None),
-    ("blank lines", WHOLE.replace("\n", "\n\n"), None), ("spaces", WHOLE.replace(",", " ,"), "l"),
+    ("blank lines", WHOLE.replace("\n", "\n\n"), None), ("spaces", WHOLE.replace(",", " , "), None),
+    ("a column twice", WHOLE.replace("\n", ",x\n").replace("dx,x", "dx, dx"),
+     "metadata.csv: two columns dx; its first line must name"),
     ("no lesion_id", WHOLE.replace("lesion_id", "lesion"), "lesion_id"),
     ("no dx", WHOLE.replace("dx", "diagnosis"), "dx"), ("DX", WHOLE.replace("dx", "DX"), "dx"),
     ("more columns", "".join(line.replace("\n", ",60,male\n") for line in
@@ -188,7 +190,11 @@ TABLES = [  # (name, content, hint of the refusal or None: read as documented)
     ("an image", encoded(picture()), "csv"), ("a cell of 200,000 letters", lines("L02,I02," +
                                                                                  "x" * 200000), ""),
     ("an open quote", lines('"L02,I02,nv\n'), ""), ("a short row", lines("L02,I02\n"), "I02"),
-    ("a long row", lines("L02,I02,bkl,more,more\n"), None),
+    ("a long row", lines("L02,I02,bkl,more,more\n"), "line 4: 5 fields, where the header names 3"),
+    ("a long row after a blank one", lines("\nL02,,I02,bkl\n"), "line 5: 4 fields"),
+    ("dot and slash", lines("L02,./I02.jpg,bkl\n"), None),
+    ("an escape in an id", lines("L02,\x1b[2JI02,bkl\n"), r"'\x1b[2JI02' is too long, or holds"),
+    ("a long id", lines(f"L02,{'I' * 300},bkl\n"), "is too long"),
     ("no id", lines("L02,,nv\n"), "image id"),
     ("no lesion", lines(",I02,bkl\n"), None), ("unknown dx", lines("L02,I02,wart\n"), "wart"),
     ("dx in capitals", lines("L02,I02,NV\n"), "NV"), ("two rows", WHOLE + LINES[0], "twice"),
@@ -300,7 +306,16 @@ FOLDERS = [  # (name, what becomes of it, data.malignant, hint)
     ("other files", lambda: Path("root/nv/notes.txt").write_text(""), "[mel]", None),
     ("a damaged image", lambda: Path("root/nv/00.png").write_text("no"), "[mel]", "nv/00.png"),
     ("a folder called x.png", lambda: os.mkdir("root/nv/x.png"), "[mel]", None),
-    ("a name of two lines", lambda: os.rename("root/nv", "root/n\nv"), "[mel]", None),
+    ("a name of two lines", lambda: os.rename("root/nv", "root/n\nv"), "[mel]", r"'n\nv' can name"),
+    ("undecodable", lambda: os.rename("root/nv", b"root/n\xff"), "[mel]", r"class 'n\udcff' can"),
+    ("an undecodable image", lambda: os.rename("root/nv/00.png", b"root/nv/\xff.png"), "[mel]",
+     r"image 'nv/\udcff.png' is too long, or holds what cannot be printed or decoded: rename it"),
+    ("reserved", lambda: os.rename("root/nv", "root/Aux.1"), "[mel]", "'Aux.1' can name no"),
+    ("equal but for case", lambda: (os.mkdir("root/NV"), os.rename("root/nv/00.png",
+                                                                   "root/NV/0.png")), "[mel]",
+     "class 'nv' differs from 'NV' in case alone"),
+    ("a linked class", lambda: (os.rename("root/nv", "nv"), os.symlink("../nv", "root/nv")),
+     "[mel]", "root/nv holds no .jpg"),
     ("a name with a comma", lambda: os.rename("root/nv", "root/n,v"), "[mel]", None),
 ]
 

@@ -3,7 +3,6 @@ reused in silence; and what a run knows of the images it saw."""
 import csv
 import importlib
 import json
-import os
 import shutil
 import sys
 from pathlib import Path

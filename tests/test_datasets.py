@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import images, layouts
-from datasets.layouts import HAM_CLASSES
+from datasets import checks, images, layouts
+from datasets.layouts import HAM_CLASSES, DataError
 from test_images import class_folders, everything as load, refuse
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -112,7 +112,7 @@ def test_fitzpatrick17k_loads(tmp_path):
     loaded = load("fitzpatrick17k", tmp_path, label_column="label", group="fitzpatrick_scale")
     assert (loaded.class_names, loaded.malignant) == (("acne", "melanoma"), (False, True))
     assert loaded.group_names == ("I", "VI") and list(loaded.groups) == [0, 1, -1, 0, 1]
-    assert loaded.notes == ("rows left out that qc calls wrongly labelled: 1",)
+    assert loaded.notes == ("rows left out that qc calls wrongly labelled: 1", layouts.NO_LESIONS)
 
 
 # ---------------------------------------------------------------------------- DermaMNIST
@@ -170,12 +170,13 @@ def test_dermamnist_a_picture_in_two_splits_is_one_lesion(tmp_path):
     assert lesion["test-000004"] == lesion["train-000011"]
     assert lesion["test-000001"] == lesion["val-000001"] and len(set(loaded.lesions)) == 40
     assert loaded.notes == (
+        layouts.NO_LESIONS,
         "images that repeat another, pixel for pixel, and count as the same lesion: 2",
         "images moved to the split where their lesion already stands: 2")
     side = dict(zip(loaded.sources, loaded.sides))
     assert side["test-000004"] == "train" and side["test-000001"] == "val"
     own = load("dermamnist", tmp_path, 28, split_by="image")
-    assert [s.split("-")[0] for s in own.sources] == list(own.sides) and len(own.notes) == 1
+    assert [s.split("-")[0] for s in own.sources] == list(own.sides) and len(own.notes) == 2
 
 
 def test_dermamnist_errors(tmp_path):
@@ -255,6 +256,71 @@ def test_nothing_outside_the_root_is_read(tmp_path):
     assert len(load("csv", root, **CSV, skip_bad=True).images) == 4
 
 
+@pytest.mark.parametrize("spelling", ["./{}", "deep\\{}", "{root}/{}", "~/set/{}"])
+def test_an_image_below_the_root_is_found_however_it_is_spelt(tmp_path, monkeypatch, spelling):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = "deep/" * (spelling[0] == "d")
+    root, names = tmp_path / "set", [f"{folder}{letter}.jpg" for letter in "abc"]
+    text = (own(root, names) / "list.csv").read_text()
+    for name in names:
+        other = spelling.format(name.removeprefix(folder), root=root)
+        text = text.replace(name, other)
+    (root / "list.csv").write_text(text)
+    assert list(load("csv", root, **CSV).sources) == names
+
+
+@pytest.mark.parametrize("place", ["{root}/list.csv", "~/set/list.csv", "~/set", "list.csv"])
+def test_the_table_itself_can_be_the_root(tmp_path, monkeypatch, place):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    root = own(tmp_path / "set")
+    monkeypatch.chdir(root)
+    if place.endswith("csv"):
+        (root / "other.csv").write_text("file\n")               # of two, the one that is named
+    assert len(load("csv", place.format(root=root), **CSV).images) == 4
+
+
+def test_a_root_that_is_not_there_is_said_with_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refuse(f"data.root: '{tmp_path}/photos' is not a folder", load, "folder", "photos")
+
+
+@pytest.mark.parametrize("name", [
+    "../../x", "/tmp/x", "a/b", "a\\b", "..", ".x", "x.", "a:b", "nul", "COM1.png", "all", "a\x07b",
+    "a\u2028b", "x" * 80, "synthetic.csv", "a?"])
+def test_a_class_that_could_be_no_folder_is_refused(tmp_path, name):
+    root = own(tmp_path)
+    text = (root / "list.csv").read_text().replace(",nv,", f",{name},")
+    (root / "list.csv").write_text(text, encoding="utf-8")
+    message = refuse("class .*: rename it, runs write synthetic/<class>/", load, "csv",
+                     root, **CSV, skip_bad=True)
+    assert message.isprintable()
+
+
+def test_odd_but_right_class_names_are_kept(tmp_path):
+    names = ("basal cell (BCC)", "n\u00e6vus, m\u00e9lanique", "\u9ed1\u8272\u7d20\u7624", "con 1")
+    checks.folder_names(names)
+    for name in names:
+        (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match="in case alone"):       # one folder on a Mac
+        checks.folder_names(["n\u00c9vus", "ne\u0301vus"])
+
+
+def test_what_is_passed_over_is_counted_and_named(tmp_path):
+    root = class_folders(tmp_path / "set")
+    for name in ("nv/more/a.png", "nv/more/b.png", "mel/c.heic", "mel/notes.txt", "README.md"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"x")
+    (root / "nv/link.png").symlink_to(tmp_path / "elsewhere.png")
+    (root / "nv/linked").symlink_to(tmp_path, target_is_directory=True)
+    assert load("folder", root).notes == (
+        layouts.NO_LESIONS, "files and links that are passed over: 6: 'nv/link.png'; "
+        "'nv/linked'; 'mel/c.heic'; 'mel/notes.txt'; 'nv/more/a.png'; 'nv/more/b.png'")
+    own(tmp_path / "own")
+    photo(tmp_path / "own/more/unnamed.jpg", 8)
+    assert load("csv", tmp_path / "own", **CSV).notes == (
+        "files and links that are passed over: 1: 'more/unnamed.jpg'",)
+
+
 # ---------------------------------------------------------------------------- wrong, and dropped
 
 def test_skip_bad_leaves_out_what_is_wrong_and_counts_it(tmp_path):
@@ -294,7 +360,7 @@ def test_what_is_unreadable_is_remembered_with_the_cache(tmp_path):
     calls = []
     loaded = load("folder", root, 8, tmp_path / "cache", lambda *done: calls.append(done),
                   skip_bad=True)
-    assert len(loaded.images) == 10 and not calls and len(loaded.notes) == 1
+    assert len(loaded.images) == 10 and not calls and len(loaded.notes) == 2
 
 
 def test_the_same_picture_never_straddles_a_split(tmp_path):
@@ -303,14 +369,21 @@ def test_the_same_picture_never_straddles_a_split(tmp_path):
         shutil.copy(root / "nv" / f"{i}.jpeg", root / "nv" / f"copy{i}.jpeg")
     loaded = load("folder", root)
     lesions = dict(zip(loaded.sources, loaded.lesions))
-    assert loaded.notes == ("images that repeat another, pixel for pixel, and count as the same "
-                            "lesion: 3",)
+    assert loaded.notes[1:] == ("images that repeat another, pixel for pixel, and count as the "
+                                "same lesion: 3",)
     assert all(lesions[f"nv/{i}.jpeg"] == lesions[f"nv/copy{i}.jpeg"] for i in range(3))
     assert len(set(lesions.values())) == 36
     shutil.copy(root / "nv" / "5.jpeg", root / "mel" / "copy.jpg")
     refuse(r"mel/copy.jpg \(mel\) and nv/5.jpeg \(nv\) are the same picture: keep one", load,
            "folder", root)
     assert len(load("folder", root, skip_bad=True).images) == 38
+    (root / "zz").mkdir()                                       # of three the last one differs
+    (root / "mel" / "copy.jpg").rename(root / "nv" / "6copy.jpeg")
+    shutil.copy(root / "nv" / "5.jpeg", root / "zz" / "copy.jpg")
+    refuse(r"nv/5.jpeg \(nv\) and nv/6copy.jpeg \(nv\) and zz/copy.jpg \(zz\) are the same", load,
+           "folder", root)
+    left = load("folder", root, skip_bad=True)
+    assert len(left.images) == 38 and not {"nv/5.jpeg", "nv/6copy.jpeg"} & set(left.sources)
 
 
 def test_lesions_that_share_pictures_become_one():

@@ -40,6 +40,18 @@ def test_show_data_from_another_folder(tmp_path):
     assert Image.open(tmp_path / "deep/er/sheet.png").format == "PNG"
 
 
+def test_show_data_of_class_folders_does_not_claim_that_nothing_leaks(tmp_path, capsys):
+    for i in range(24):
+        path = tmp_path / "photos" / ("nv", "mel")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((16, 16), 10 * i).convert("RGB").save(path)
+    example("show_data.py")([*CONFIG, "--set=data.kind=folder", "--set=data.root=photos",
+                             "--set=data.malignant=[mel]"])
+    said = capsys.readouterr().out
+    assert "also in train: unknown: every image counts as a lesion of its own\n" in said
+    assert "test has 2 lesions of mel where 10 are wanted (evaluate.min_count)" in said
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm"])
 def test_train_ddpm(tmp_path, capsys, sampler):
     example("train_ddpm.py")([*CONFIG, *SMALL, "--sampler", sampler, "--steps", "2"])

@@ -3,10 +3,13 @@ others' photographs are scored by a finished run's students, names matched."""
 import csv
 import json
 import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 import data
 import finished
@@ -17,12 +20,20 @@ from conftest import SMALL, new
 from data import DataError, ImageSet
 from datasets import phantom
 from engine import config as configuration
-from extras import external, report
+from extras import external, measures, report
+
+HERE = Path(__file__).parents[1]
 
 NOTHING = np.zeros(0, np.int64)
 LIKE = ImageSet(np.zeros((0, 3, 8, 8), np.uint8), NOTHING, NOTHING, NOTHING.astype(str), NOTHING,
                 NOTHING.astype(str), ("nv", "mel"), ("I", "VI"), (False, True))
 PLACES = {"nv/a.png": ("nv", ""), "nv/VI/b.JPG": ("nv", "VI"), "mel/I/c.png": ("mel", "I")}
+
+
+def read_made(path):
+    c = SimpleNamespace(data=SimpleNamespace(size=8),
+                        guidance=SimpleNamespace(external=str(path)))
+    return external.load_made(c, LIKE)["external"]
 
 
 def made(root):
@@ -38,7 +49,7 @@ def made(root):
 
 @pytest.mark.parametrize("what", ["", "made.csv"])
 def test_a_folder_and_a_csv_give_the_same_images(tmp_path, what):
-    found = external.read_made(str(made(tmp_path) / what), LIKE, 8)
+    found = read_made(made(tmp_path) / what)
     assert found.images.shape == (3, 3, 8, 8) and (found.class_names, found.group_names) == (
         LIKE.class_names, LIKE.group_names)
     grey = found.images.mean((1, 2, 3))
@@ -63,16 +74,16 @@ def test_every_problem_stands_in_one_line(tmp_path):
     (root / "short.csv").write_text("image,class\nnv/a.png,nv\n")
     (tmp_path / "empty").mkdir()
     for path, words in (
-            (root, ["guidance.external", "4 problem(s)", "loose.png has class ''", "'bkl'", "'X'",
-                    "nv/broken.png cannot be decoded"]),
-            (root / "bad.csv", ["4 problem(s)", "absent.png is no file", "../outside.png is no",
+            (root, ["guidance.external", "4 problem(s)", "loose.png has the class ''", "'bkl'",
+                    "'X'", "nv/broken.png cannot be decoded"]),
+            (root / "bad.csv", ["4 problem(s)", "no absent.png below", "no ../outside.png below",
                                 "group 'X': write one of I, VI", "class ''"]),
             (root / "twice.csv", ["1 problem(s)", "nv/a.png stands twice"]),
             (root / "short.csv", ["short.csv", "group"]),
             (tmp_path / "empty", ["guidance.external", "holds no .jpg"]),
-            (tmp_path / "absent", ["guidance.external", "is no folder"])):
+            (tmp_path / "absent", ["guidance.external", "is not a folder"])):
         with pytest.raises(DataError) as error:
-            external.read_made(str(path), LIKE, 8)
+            read_made(path)
         assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
@@ -121,6 +132,53 @@ def test_synthetic_images_are_an_external_arm(tiny, tmp_path):
         stored = np.asarray(Image.open(tiny / "synthetic" / row["image"]))
         assert np.array_equal(image.transpose(1, 2, 0), stored)
         assert (made.class_names[label], made.group_names[group]) == (row["class"], row["group"])
+
+
+def changed(image, how):
+    """An image (3, S, S) with Pillow's help: a hand that knows nothing of ours."""
+    picture = Image.fromarray(image.transpose(1, 2, 0))
+    side = picture.width
+    picture = {"brighter": lambda: ImageEnhance.Brightness(picture).enhance(1.15),
+               "turned": lambda: picture.rotate(10, Image.BILINEAR),
+               "upside down": lambda: picture.transpose(Image.FLIP_TOP_BOTTOM).rotate(45),
+               "cropped": lambda: picture.crop((1, 1, side - 1, side - 1)).resize((side, side))
+               }[how]()
+    return np.asarray(picture).transpose(2, 0, 1)
+
+
+@pytest.fixture(scope="module")
+def larger():
+    """A phantom of 32 pixels, and what the filter knows of it."""
+    c = configuration.load(HERE / "configs/tiny.yaml", [
+        "data.size=32", "data.train=200", "data.val=100", "data.test=50"])
+    splits = data.load(c.data)
+    near = measures.copy_distance(splits["val"], splits["train"])
+    return SimpleNamespace(seen=splits["train"], too_near=near), splits, c
+
+
+@pytest.mark.parametrize("how", ["brighter", "turned", "upside down", "cropped"])
+def test_test_images_made_unlike_by_a_little_are_found(larger, how):
+    keep, splits, _ = larger
+    images = np.stack([changed(image, how) for image in splits["test"].images])
+    assert external.held_out(keep, splits, images).mean() >= 0.95
+
+
+def test_new_images_are_not_taken_for_those_of_test(larger):
+    keep, splits, c = larger
+    new = data.load_phantom(c.data, "oracle", 100)
+    assert external.held_out(keep, splits, new.images).mean() <= 0.12       # a val of 100 says 0.01
+    train = splits["train"].images[:50]         # to learn from them again is no leak
+    assert external.held_out(keep, splits, train).mean() <= 0.12
+
+
+@pytest.mark.parametrize("copies", [0, 30, 100])
+def test_the_guard_against_copies_stands_although_val_holds_copies(larger, copies):
+    keep, splits, _ = larger
+    val, train = splits["val"].images.copy(), splits["train"]
+    val[:copies] = train.images[:copies]
+    near = measures.copy_distance(replace(splits["val"], images=val), train)
+    assert near == (measures.SAME if copies == 100 else pytest.approx(keep.too_near, abs=1.5))
+    assert near > 2
 
 
 # ---- a finished run on other images --------------------------------------------------------------

@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import struct
+import zlib
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -203,21 +204,21 @@ def test_ham_images_standing_twice(tmp_path):
 
 
 def test_ham_file_errors(tmp_path):
-    refuse("data.root: '' is not a folder", ham, "", 8)
     nowhere = str(tmp_path / "nowhere")
     refuse("data.root: .*nowhere' is not a folder", ham, nowhere, 8)
     refuse("no HAM10000_metadata.csv", ham, tmp_path, 8)
     table = tmp_path / "HAM10000_metadata.csv"
     for content, match in ((b"", "no rows"), (b"lesion_id,image_id,dx\n", "no rows"),
                            (b"lesion_id,image_id\nL,i\n", "no column dx"),
-                           (b"lesion_id;image_id;dx\nL;i;nv\n", "found 'lesion_id;image_id;dx'"),
+                           (b"lesion_id|image_id|dx\nL|i|nv\n", r"found 'lesion_id\|image_id\|dx'"),
                            (b"\xff\xfe\x00nonsense", "not a readable csv")):
         table.write_bytes(content)
         refuse(match, ham, tmp_path, 8)
     table.unlink()
     root = ham_folder(tmp_path / "fine")
     for content in (b"\xef\xbb\xbflesion_id,image_id,dx\n\nL1,i1,nv\n",   # BOM, blank line
-                    b"dx\timage_id\tlesion_id\nnv\ti1\tL1"):             # tabs
+                    b"dx\timage_id\tlesion_id\nnv\ti1\tL1",              # tabs
+                    b'lesion_id;image_id;dx;age, years\nL1;"i1";nv;5,5'):    # semicolons
         (root / "meta" / "HAM10000_metadata.csv").write_bytes(content)
         assert list(ham(root, 8).sources) == ["i1"]
 
@@ -323,12 +324,20 @@ def test_damaged_bytes_end_in_an_image_or_in_unreadable(tmp_path):
             pass
 
 
-def test_a_decompression_bomb_is_refused_and_the_limit_named(tmp_path, monkeypatch):
-    root = class_folders(tmp_path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 140)             # Pillow refuses twice as many
-    Image.new("RGB", (15, 20)).save(root / "nv" / "bomb.png")
-    message = refuse("nv/bomb.png cannot be decoded.*300 pixels.*limit of 280", folder, root, 8,
-                     ["mel"])
+@pytest.mark.parametrize("form, at", [("PNG", 16), ("BMP", 18), ("PPM", 3)])
+def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, form, at):
+    """A head that states 8,193 x 8,192 pixels, before 300 of them: decoded, it would be cut off."""
+    root, content = class_folders(tmp_path), bytearray(encoded(form))
+    if form == "PNG":
+        content[at:at + 8] = struct.pack(">II", 8193, 8192)
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    elif form == "BMP":
+        content[at:at + 8] = struct.pack("<II", 8193, 8192)
+    else:
+        content[at:at + 5] = b"8193 8192"
+    (root / "nv" / "bomb.png").write_bytes(content)
+    message = refuse(r"nv/bomb.png cannot be decoded \(8193 x 8192 pixels, over 67,108,864", folder,
+                     root, 8, ["mel"])
     assert "1 problem(s)" in message
 
 

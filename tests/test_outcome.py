@@ -13,11 +13,12 @@ import data
 import loop
 from conftest import set_to
 from datasets import phantom
+from datasets.layouts import NO_LESIONS
 from engine import config as configuration
 from engine.augment import to_float
 from engine.run import locked
 from engine.training import seeded
-from extras import outcome, report
+from extras import estimate, outcome, report
 from test_data import made as made_up
 
 
@@ -51,6 +52,29 @@ def test_the_leaked_share_is_that_of_test_images_with_a_sister_in_train():
         assert found[name] == np.mean([s for s, y in zip(seen, test.labels) if y == label])
     splits = data.split_lesions(whole, 0.2, 0.2, 0)
     assert set(outcome.leaked_share(splits).values()) == {0}
+
+
+def test_doubts_are_told_before_anything_is_trained(config):
+    """Class folders: no lesion is known, and photographs stand in two splits."""
+    whole, rng = made_up(90), np.random.default_rng(0)
+    whole = replace(whole, images=rng.integers(0, 256, (len(whole), 3, 16, 16), np.uint8))
+    own = {name: replace(s, notes=("a note", NO_LESIONS)) for name, s in
+           data.split_lesions(whole, 0.2, 0.3, 0).items()}
+    images = own["test"].images.copy()
+    images[0] = np.rot90(own["train"].images[3], axes=(1, 2))[:, ::-1].clip(0, 254) + 1
+    images[1] = own["val"].images[2]
+    own["test"] = replace(own["test"], images=images)
+    c = config.replace("evaluate", min_count=12)
+    notes = estimate.doubts(c, own)["train"].notes
+    few = [f"test has {n} lesions of {name} where 12 are wanted (evaluate.min_count): no verdict "
+           "possible" for y, name in enumerate(whole.class_names)
+           if (n := len(set(own["test"].lesions[own["test"].labels == y]))) < 12]
+    twins = [f"images of test that are one of {split}, turned, mirrored or stored anew: 1: "
+             f"{own['test'].sources[i]} = {own[split].sources[j]}"
+             for split, i, j in (("train", 0, 3), ("val", 1, 2))]
+    assert few and notes == ("a note", NO_LESIONS, *few, *twins)
+    known = own | {"train": replace(own["train"], notes=())}
+    assert estimate.doubts(config.replace("evaluate", min_count=1), known)["train"].notes == ()
 
 
 def test_all_are_the_arms_that_can_be_run_in_the_order_of_the_table(run, splits, capsys):
