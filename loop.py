@@ -68,7 +68,6 @@ def experiment(run: Run) -> None:
     splits |= few_labels.hide(c.data, splits)
     splits |= external.load_made(c, splits["train"])
     splits |= estimate.doubts(c, splits)
-    run.begin(splits)
     arms = outcome.begin(run, splits, ARMS)
     makers = {name: arm for name, arm in arms.items() if arm.child}
     drawing = [a for a in makers if makers[a].child not in PLAIN]
@@ -248,13 +247,14 @@ class Filter:
         distance, _ = measures.nearest(children.images, self.seen.images)
         why = np.zeros(len(children), np.int64)
         if arm.filtered:
-            why[distance <= self.too_near] = REASONS.index("copy")
             if arm.parents == "external":       # may know val and test
-                why[self.held_out(children.images)] = REASONS.index("copy")
+                distance[self.held_out(children.images)] = 0
+            why[distance <= self.too_near] = REASONS.index("copy")
             why[probs.argmax(1) != children.labels] = REASONS.index("judge")
             finite = np.broadcast_to(finite, why.shape)
             why[~finite] = REASONS.index("nonfinite")
-        return probs[np.arange(len(why)), children.labels], distance, why
+        image = np.arange(len(why))
+        return probs[image, children.labels], distance, why
 
 
 def as_many_each(makers: dict, made: dict, most: int) -> dict:
@@ -275,7 +275,7 @@ def as_many_each(makers: dict, made: dict, most: int) -> dict:
     if empty or not quota.any():
         raise DataError(f"no image passed the filter: {empty or ours}; "
                         "raise ddpm.steps")
-    print(f"every arm adds {quota.sum()} of {most} images")
+    print(f"every arm adds {quota.sum()} images of {most}")
 
     for name, index in passed.items():
         kinds, wanted = cells[name], quota

@@ -121,7 +121,7 @@ def told(found: dict) -> str:
             f"classes that it does not know: {unmapped or 'none'}; its classes "
             f"without an image there: {', '.join(found['absent']) or 'none'}\n\n"
             + report.markdown([*report.arm_table(found, "All of them", ALL),
-                               *report.before_and_after(found)]))
+                               *report.first_table(found)]))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,8 +12,8 @@ guided is better than both?
 
 Write both functions. To run the arm, copy `mirrored` into extras/children.py, import it in loop.py
 with the others there, add it to PLAIN (it needs no diffusion model) and a line to the table ARMS,
-"flipped": Arm(mirrored, filtered=False), and to README's table of arms a row in the same place (a test
-holds the two together): a dozen lines in all. Then, in half a minute:
+"flipped": Arm(mirrored, filtered=False), and to README's table of arms a row in the same place (a
+test holds the two together): a dozen lines in all. Then, in half a minute:
 
     python loop.py --config configs/tiny.yaml --set loop.arms=[real,flipped,guided]
 

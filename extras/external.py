@@ -1,11 +1,8 @@
 """Images made elsewhere, as an arm of a run."""
-import math
 import os
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from data import ImageSet
 from datasets import images as files
@@ -51,6 +48,8 @@ def load_made(c: Config, like: ImageSet) -> dict[str, ImageSet]:
     if problems:
         raise DataError(f"{key}: {path}: {len(problems)} problem(s): "
                         + layouts.first_ten(problems))
+    print(f"{key}: copies of this run's images are found if stored anew, mirrored or turned by 90 "
+          "degrees, not if cropped, brightened or turned otherwise")
     rows = listing.rows
     labels = np.array([like.class_names.index(row.label) for row in rows])
     groups = np.array([like.group_names.index(row.group) if row.group else -1 for row in rows])
@@ -60,33 +59,8 @@ def load_made(c: Config, like: ImageSet) -> dict[str, ImageSet]:
                                  subtype_names=like.subtype_names)}
 
 
-def rings(images: np.ndarray, zoom: float = 1.0) -> torch.Tensor:
-    """Six rings of 32 points of each image without brightness and contrast, of length 1, (N, 18,
-    32): a turned image has them rolled, a mirrored one flipped."""
-    angle, radius = torch.arange(32) * math.pi / 16, (torch.arange(6) + 0.5) * 0.14     # at most 1
-    at = torch.stack([angle.cos(), angle.sin()], -1) * zoom * radius[:, None, None]
-    small, at = torch.tensor(measures.thumbnails(images)), at.expand(len(images), -1, -1, -1)
-    x = F.grid_sample(small, at, align_corners=False)           # (N, 3, 6, 32)
-    area = radius[:, None] / radius.sum() / 96
-    x = (x - (x * area).sum((1, 2, 3), keepdim=True)) * area.sqrt()
-    return F.normalize(x.flatten(1)).view(-1, 18, 32)
-
-
-def likeness(images: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """The correlation (N,) of each image with the known one that is most like it, however it was
-    turned, mirrored, brightened or, by a few percent, cropped."""
-    ours, theirs = torch.cat([rings(images), rings(images, zoom=1.07)]), rings(known).flatten(1)
-    best = torch.zeros(len(ours))
-    for turn in range(32):
-        for way in (ours, ours.flip(-1)):
-            best = best.maximum((way.roll(turn, -1).flatten(1) @ theirs.T).amax(1))
-    return best.view(2, -1).amax(0).numpy()
-
-
 def held_out(keep, splits: dict, images: np.ndarray) -> np.ndarray:
-    """Which images, (N,) bool, are some of val or test, as they are or changed: as near as a copy,
-    or more like one of them than 99 % of val are like anything seen. keep: the loop.Filter."""
-    val, test = splits["val"].images, splits["test"].images
-    usual = likeness(val[::1 + len(val) // 500], keep.seen.images)      # 500 will do
-    alike = likeness(images, np.concatenate([val, test])) >= np.quantile(usual, 0.99)
-    return alike | (measures.nearest(images, np.concatenate([val, test]))[0] <= keep.too_near)
+    """Which images, (N,) bool, are some of val or test, mirrored, turned by 90 degrees or stored
+    anew. Not found: what was cropped, brightened or turned otherwise. keep: the loop.Filter."""
+    known = np.concatenate([splits["val"].images, splits["test"].images])
+    return measures.nearest(images, known)[0] <= keep.too_near

@@ -1,7 +1,7 @@
 """Further measures: what a report says beyond evaluate.py, and how good generated images are.
 
 N images, C classes, R seeds; weights (N, D) and tables (R, D) as in evaluate.py. Sources: Hardt
-et al. 2016 (gaps between groups), Heusel et al. 2017 (Frechet distance), Kynkaanniemi et al. 2019
+et al. 2016 (equal opportunity), Heusel et al. 2017 (Frechet distance), Kynkaanniemi et al. 2019
 (precision, recall)."""
 import itertools
 import json
@@ -12,20 +12,11 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
 import data
-from evaluate import auroc, interval, lesion_weights, score, share, vote
+from evaluate import auroc, interval, lesion_weights, score, share
 from extras.verdict import verdict
 
-SAME = 4.0      # grey levels (see `nearest`): storing anew makes up to 3.3, other lesions are at 7.5
+SAME = 4.0      # grey levels (see `nearest`): storing anew makes up to 3.3, another lesion 7.5
 THRESHOLDS = {"sensitivity_at_90": 0.90, "sensitivity_at_95": 0.95}     # name: specificity on val
-
-
-def check_probs(probs: np.ndarray, labels: np.ndarray) -> None:
-    """Raise ValueError unless probs (..., N, C) are distributions and labels (N,) lie in 0..C-1."""
-    if labels.shape != probs.shape[-2:-1] or not np.isin(labels, range(probs.shape[-1])).all():
-        raise ValueError(f"labels {labels.shape} do not fit probabilities {probs.shape}: they must "
-                         f"be as many and lie in 0..{probs.shape[-1] - 1}")
-    if not (probs >= 0).all() or (abs(probs.sum(-1) - 1) > 1e-3).any():     # 1e-3: float16
-        raise ValueError("probabilities must be finite, not negative, and sum to 1 in every row")
 
 
 def check_predictions(p: dict) -> None:
@@ -41,14 +32,17 @@ def check_predictions(p: dict) -> None:
     need("malignant", classes)
     need("optimistic", arms)
     for split in ("val", "test"):
-        labels = need(f"{split}_labels")
-        if len(labels) == 0:
-            raise ValueError(f"predictions.npz: the {split} split is empty")
+        n = len(need(f"{split}_labels"))
+        if not n or not np.isin(p[f"{split}_labels"], range(classes)).all():
+            raise ValueError(f"predictions.npz: {split}_labels must be some, in 0..{classes - 1}")
         for key in ("groups", "subtypes", "lesions"):
-            need(f"{split}_{key}", len(labels))
-        check_probs(need(f"{split}_reference"), labels)
-        for arm in p["arms"]:
-            check_probs(need(f"{split}_probs_{arm}", seeds, len(labels), classes), labels)
+            need(f"{split}_{key}", n)
+        need(f"{split}_reference", len(need(f"{split}_reference")), n, classes)
+        for key in ("reference", *(f"probs_{arm}" for arm in p["arms"])):
+            probs = need(f"{split}_{key}", *[seeds, n, classes] * (key != "reference"))
+            if not (probs >= 0).all() or (abs(probs.sum(-1) - 1) > 1e-3).any():  # 1e-3: float16
+                raise ValueError(f"predictions.npz: {split}_{key} must be finite, not negative, "
+                                 "and sum to 1 in every row")
 
 
 def threshold_at_specificity(p_malignant, is_malignant, specificity: float) -> float:
@@ -59,15 +53,12 @@ def threshold_at_specificity(p_malignant, is_malignant, specificity: float) -> f
     return float(benign[rank - 1]) if len(benign) else math.nan
 
 
-def gaps(sensitivity: list, specificity: list) -> tuple[np.ndarray, np.ndarray]:
-    """The largest rate of a group less the smallest: equal opportunity (of the sensitivity) and
-    equalised odds (of both). Each group's tables (R, D), nan if it is too small. Some of a gap is
-    the chance of few lesions: intervals cover a clear gap in 90 to 97 %, but seldom the gap 0."""
-    def gap(tables):
-        known = [t for t in tables if np.isfinite(t[:, 0]).all()]
-        return np.ptp(known, axis=0) if len(known) > 1 else tables[0] * np.nan
-    opportunity = gap(sensitivity)
-    return opportunity, np.maximum(opportunity, gap(specificity))
+def gap(tables: list) -> np.ndarray:
+    """The largest rate of a group less the smallest (R, D), of each group's table, nan if it is too
+    small. Of sensitivities: equal opportunity. Some of a gap is the chance of few lesions:
+    intervals cover a clear gap in 90 to 97 %, but seldom the gap 0."""
+    known = [t for t in tables if np.isfinite(t[:, 0]).all()]
+    return np.ptp(known, axis=0) if len(known) > 1 else tables[0] * np.nan
 
 
 @np.errstate(invalid="ignore")      # 0 / 0 is nan: nobody to count
@@ -99,10 +90,9 @@ def further(p: dict, arm: str, weights: np.ndarray, min_count: int) -> dict:
     rates = [[known(share(told, of & side, weights), of & side) for of in groups.values()]
              for side in (sick, ~sick)]
     if groups:
-        whole |= zip(("equal_opportunity_gap", "equalised_odds_gap"), map(entry, gaps(*rates)))
-    pairs = np.bincount(labels * len(classes) + vote(probs), minlength=len(classes)**2)
+        whole["equal_opportunity_gap"] = entry(gap(rates[0]))
     return {
-        "whole": whole, "confusion": pairs.reshape(len(classes), -1).tolist(),
+        "whole": whole,
         "per_group": {name: {"n": int(of.sum()), "sensitivity": entry(a), "specificity": entry(b)}
                       for (name, of), a, b in zip(groups.items(), *rates)},
         "per_class": {name: counted(of) | {

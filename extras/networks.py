@@ -46,11 +46,10 @@ def load_published(network: classifier.ResNet, path: str) -> None:
         raise ConfigError(f"classifier.weights: {path} is no state dict "
                           f"({(str(error).splitlines() or [type(error).__name__])[0]})") from None
     wanted = shapes(network.state_dict())
-    wrong = [f"{name} is {found.get(name, 'absent')}, wanted {wanted.get(name, 'none')}"
-             for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
-    if wrong:
+    if wrong := [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]:
         raise ConfigError(f"classifier.weights: {path}: {len(wrong)} keys differ from the network's"
-                          ": " + "; ".join(wrong[:5]) + "; ..." * (len(wrong) > 5))
+                          f": {wrong[0]} is {found.get(wrong[0], 'absent')}, wanted "
+                          f"{wanted.get(wrong[0], 'none')}; is classifier.network the right one?")
     network.load_state_dict({name: given[name] for name in wanted}, strict=False)
 
 

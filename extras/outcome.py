@@ -49,6 +49,7 @@ def leaked_share(splits: dict[str, ImageSet]) -> dict[str, float]:
 def begin(run: Run, splits: dict, table: dict) -> dict:
     """Say and show what there is. Returns the arms of `table` that the config names, in the table's
     order; "all" stands for every one that can be run, but for `leaked`."""
+    run.begin(splits)
     c, train, leak = run.config, splits["train"], leaked_share(splits)
     print(f"device {run.device}{', bf16' * run.bf16}; run folder {run.folder}")
     print(described(splits), *train.notes, sep="\n")
@@ -193,8 +194,7 @@ def end(run: Run, splits: dict, predictions: dict, made: dict, used: dict, keep,
                               margin=c.evaluate.margin)}
     for arm, entry in results["arms"].items():
         entry["added"] = len(added.get(arm, ()))
-    pictures.draw_all(run, splits["train"], made, keep.seen, generator, students, first_probs,
-                      REASONS)
+    pictures.draw_all(run, splits["train"], made, generator, students, first_probs, REASONS)
     run.write("results.json", json.dumps(measures.rounded(results), indent=1) + "\n")
     report.write(run.folder)
     print(results["verdict"])

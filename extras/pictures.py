@@ -5,7 +5,6 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 from data import ImageSet
 from engine.run import Run, save_picture
-from extras import measures
 from guidance import synthesise
 
 
@@ -16,7 +15,7 @@ def draw(run: Run, name: str, picture, *args) -> None:
         save_picture(path, drawn)
 
 
-def draw_all(run: Run, train: ImageSet, made: dict, seen: ImageSet, generator, students: list,
+def draw_all(run: Run, train: ImageSet, made: dict, generator, students: list,
              probs: np.ndarray, reasons: tuple) -> None:
     """The pictures of the report but for data.png. made: candidates by arm and round."""
     margin = data.margins(probs, train)
@@ -27,9 +26,6 @@ def draw_all(run: Run, train: ImageSet, made: dict, seen: ImageSet, generator, s
     draw(run, "children", children, train, m.parents, m.children.images, m.targets, m.judge,
          [reasons[i] for i in m.rejected_by])
     draw(run, "types", every_type, run, train, margin, generator, students)
-    closest = m.children.images[np.argsort(m.distance, kind="stable")[:16]]
-    draw(run, "neighbours", lambda: neighbours(
-        seen, closest, *measures.nearest(closest, seen.images)))
 
 
 def contact_sheet(images: np.ndarray, captions=None, columns: int = 8, scale: int = 0,
@@ -135,10 +131,3 @@ def every_type(run: Run, train: ImageSet, margin: np.ndarray, generator, student
               [f"real {group_of(train, train.groups[i])}", *train.group_names], 1 + groups)
              for k, i in enumerate(chosen)]
     return grid(cells, 1 + groups, [names[train.labels[i]] for i in chosen])
-
-
-def neighbours(train: ImageSet, images: np.ndarray, distance, nearest) -> Image.Image:
-    """Synthetic images, each with the training image nearest to it, an index, on its right."""
-    pairs = np.stack([images, train.images[nearest]], 1).reshape(-1, *images.shape[1:])
-    return contact_sheet(pairs, [text for d in distance
-                                 for text in (f"distance {d:.1f}", "nearest real")])

@@ -259,7 +259,9 @@ def test_cells_that_a_spreadsheet_would_run(tmp_path, train):
     odd = loop.replace(train, class_names=("=a", "b", "c", "d"))
     Image.fromarray(train.images[0].transpose(1, 2, 0)).save("-x.png")
     Path("made.csv").write_bytes(csv_bytes([("image", "class", "group"), ("-x.png", "=a", "")]))
-    made = external.read_made("made.csv", odd, 16)
+    c = configuration.load(configuration.DEFAULTS, [
+        "data.size=16", "guidance.external=made.csv", "loop.arms=[real, external]"])
+    made = external.load_made(c, odd)["external"]
     assert digests(made.images) == digests(train.images[:1]) and made.labels.tolist() == [0]
     assert made.sources.tolist() == ["external/-x.png"] and read_csv(Path("made.csv"), ())
 

@@ -50,7 +50,7 @@ def test_the_run_folder_holds_what_it_should(tiny):
         assert len(arm["per_class"]) == 4 and len(arm["per_group"]) == 6
     assert results["splits"]["train"]["images"] == 160 and len(results["rounds"]) == 1
     assert configuration.load(tiny / "config.yaml").as_dict() == results["config"]
-    for name in ("data", "hard", "children", "types", "neighbours"):
+    for name in ("data", "hard", "children", "types"):
         assert Image.open(tiny / f"pictures/{name}.png").width > 50
     for event in map(json.loads, (tiny / "log.jsonl").read_text().splitlines()):
         assert {"time", "event"} <= set(event)
