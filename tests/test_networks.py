@@ -138,14 +138,14 @@ def test_val_chooses_the_jitter_and_a_single_one_needs_no_choice(run, splits, ca
 
 def test_the_estimate_grows_with_what_is_asked(run, splits, capsys):
     """The line that is printed, in seconds."""
-    def seconds(given, draws, names):
-        estimate.tell(given, splits["train"], {n: loop.ARMS[n] for n in names}, draws)
+    def seconds(given, drawing, names):
+        estimate.tell(given, splits["train"], {n: loop.ARMS[n] for n in names}, drawing)
         said = capsys.readouterr().out
         hours, number, unit = re.search(r"about (?:(\d+) h )?(\d+) (s|min) on", said).groups()
         return 3600 * int(hours or 0) + int(number) * {"s": 1, "min": 60}[unit]
     slow = set_to(run, "classifier", steps=20_000)
-    alone = seconds(set_to(slow, "loop", seeds=1), False, ("real",))
-    many = seconds(set_to(slow, "loop", seeds=40), False, ("real",))
+    alone = seconds(set_to(slow, "loop", seeds=1), [], ("real",))
+    many = seconds(set_to(slow, "loop", seeds=40), [], ("real",))
     assert 30 < alone and many > 3 * alone      # 5 and 44 students
     long = set_to(run, "ddpm", steps=10 ** 6)
-    assert seconds(long, True, ("guided",)) > 20 * seconds(long, False, ("guided",))
+    assert seconds(long, ["guided"], ("guided",)) > 20 * seconds(long, [], ("guided",))
