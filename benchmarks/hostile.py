@@ -430,6 +430,8 @@ def process_case(rng: random.Random, whole: Path) -> Case:
             time.sleep(wait)
             os.killpg(process.pid, signal.SIGINT)
         said = process.communicate(timeout=120)[1]
+        if how == "Ctrl-C" and "in <module>" in said and "import" in said:
+            return 0            # Python was still importing: its own traceback, nothing begun
         print(said, end="", file=sys.stderr)
         if how == "Ctrl-C" and (process.returncode, bool(said)) in ((130, True), (-2, False)):
             return 0            # -2: it had said and done all, and Python was clearing up
