@@ -264,18 +264,20 @@ def as_many_each(makers: dict, made: dict, most: int) -> dict:
     for name in makers:
         children = children_of(made[name])
         why = [m.rejected_by for m in made[name]]
-        passed[name] = np.flatnonzero(np.concatenate(why) == 0)
+        why = np.concatenate(why)
+        passed[name] = np.flatnonzero(why == 0)
+        if why.all():
+            raise DataError(f"arm {name}: no image passed the filter: "
+                            f"{outcome.tally(why)}; raise ddpm.steps")
         cells[name] = data.cells(children)[passed[name]]
     groups = 1 + len(children.group_names)
     ours = [a for a in makers if makers[a].parents in OURS]
-    kinds = [cells[name] for name in ours or makers]
+    kinds = [cells[a] for a in ours or makers]
     size = len(children.class_names) * groups
     quota = data.least_of_each(kinds, size, most)
-    empty = [a for a in makers if not len(passed[a])]
-    if empty or not quota.any():
-        raise DataError(f"no image passed the filter: {empty or ours}; "
-                        "raise ddpm.steps")
-    print(f"every arm adds {quota.sum()} images of {most}")
+    if not quota.any():
+        raise DataError("no cell is in all arms: raise loop.surplus")
+    print(f"every arm adds {quota.sum()} of {most} images")
 
     for name, index in passed.items():
         kinds, wanted = cells[name], quota

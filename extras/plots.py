@@ -1,8 +1,5 @@
-"""Plots as SVG, written with plain Python; nothing here knows what the numbers mean.
-
-A plot is one SVG string with a title and a description for screen readers. Its colours, those of
-Okabe and Ito 2008, made to be seen on white and on black, are told apart with colour blindness too.
-"""
+"""Plots as SVG strings, with title and description; nothing here knows what the numbers mean.
+Colours: Okabe and Ito 2008, to be seen on white and on black, and by the colour-blind."""
 import math
 import re
 import textwrap
