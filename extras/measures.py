@@ -1,8 +1,7 @@
 """Further measures: what a report says beyond evaluate.py, and how good generated images are.
 
-N images, C classes, R seeds; weights (N, D) and tables (R, D) as in evaluate.py. Sources: Hardt
-et al. 2016 (equal opportunity), Heusel et al. 2017 (Frechet distance), Kynkaanniemi et al. 2019
-(precision, recall)."""
+N images, C classes, R seeds; weights (N, D) and tables (R, D) as in evaluate.py. Sources: Hardt et
+al. 2016 (equal opportunity), Heusel et al. 2017, Kynkaanniemi et al. 2019 (precision, recall)."""
 import itertools
 import json
 import math

@@ -6,7 +6,6 @@ The html file needs nothing else and holds no absolute path. Below, `r` is resul
 """
 import base64
 import collections
-import contextlib
 import json
 import re
 import sys
@@ -78,15 +77,18 @@ def stored(folder: Path) -> tuple[dict, dict]:
 
 def write(folder: Path) -> None:
     """Write report.md, report.html and pictures/*.svg into a run folder; errors as in `stored`."""
-    folder, log, pictures = Path(folder), [], {}
+    folder, log, pictures, torn = Path(folder), [], {}, 0
     r, _ = stored(folder)
     for line in (folder / "log.jsonl").read_text("utf-8", "replace").splitlines():
-        with contextlib.suppress(ValueError, RecursionError):   # a kill may leave half a line
+        try:
             match json.loads(line):
                 case {"event": "loss", "stage": str(name), "step": int(), "loss": float(x)} as e:
                     log += [e] * (bool(re.fullmatch(r"[\w.]+", name)) and 0 < x < 1e9)
                 case {"event": "stage", "stage": str(), "seconds": int() | float()} as e:
                     log.append(e)
+        except (ValueError, RecursionError):        # a kill may leave half a line
+            torn += 1
+    r["notes"] += [f"{torn} line(s) of log.jsonl cannot be read"] * bool(torn)
     for path in sorted((folder / "pictures").glob("*.png")):
         image = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
         pictures[path.stem] = ("png", CAPTIONS.get(path.stem, path.stem), path.stem,
@@ -137,8 +139,8 @@ def contents(r, log, pictures) -> dict:
     return {
         "Differences": differences(r),
         # a moved threshold is no learning: these have none, or one that was fixed on val
-        "Without a threshold": arm_table(r, "Without a threshold, or at one fixed on val",
-                                         {said(m): ("all", m) for m in free}),
+        "Without a threshold": arm_table(r, "Without one, or at one fixed on val, whose own error "
+                                         "is in no interval", {said(m): ("all", m) for m in free}),
         "By group": members(r, "per_group", "group", ("sensitivity", "specificity")),
         "By class": members(r, "per_class", "class", ("recall", "auroc")),
         "By hidden subtype": members(r, "per_subtype", "subtype", ("recall",)),
