@@ -205,18 +205,18 @@ def same_mixture(sets: list, seed: int) -> list[np.ndarray]:
 def generator_quality(features, votes, sets: dict, test, known: np.ndarray, seed: int, *,
                       oracle: bool = False) -> dict:
     """The "generator" of results.json: sets {name: ImageSet} beside as much of test (ImageSet).
-    features(images) -> (n, D) and votes(images) -> (n,): a critic's, whom no arm uses; oracle: its
-    votes are the truth. known: all images learnt from."""
+    features(images) -> (n, D), votes(images) -> (n,): a critic's, whom no arm uses; oracle: they
+    are the truth. "nearer": P(an image lies nearer to `known`, what was learnt from, than test)."""
     *chosen, index = same_mixture([*sets.values(), test], seed)
     real, found = features(test.images[index]), {}
+    unseen = np.sort(nearest(test.images, known)[0])
     for (name, s), index in zip(sets.items(), chosen):
         row = found[name] = {"n": len(index)}
         if oracle and len(index):
             row["label_fidelity_oracle"] = float((votes(s.images[index]) == s.labels[index]).mean())
         distance = nearest(s.images, known)[0]
-        row["nearest_train"] = {"all": float(np.median(distance))} | {
-            s.class_names[y]: float(np.median(distance[s.labels == y]))
-            for y in np.unique(s.labels)}
+        ranks = [unseen.searchsorted(distance, side) for side in ("left", "right")]
+        row["nearer"] = 1 - float(np.mean(ranks)) / len(unseen)
         row |= dict.fromkeys(("frechet", "precision", "recall"))
         if len(index) > real.shape[1]:          # fewer say nothing: None
             own = features(s.images[index])

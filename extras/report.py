@@ -24,7 +24,7 @@ from extras import measures, plots
 FORMAT = 3          # of results.json
 FULL = ("accuracy", "sensitivity", "specificity", "balanced_accuracy", "auroc", "auroc_malignant")
 SHARES = ("precision", "recall", "right", "label_fidelity_oracle", "val_balanced_accuracy",
-          "hard out of fold", "wrong out of fold", "parents wrong", "children wrong",
+          "nearer", "hard out of fold", "wrong out of fold", "parents wrong", "children wrong",
           "balanced accuracy on val")
 WORDS = {"auroc": "AUROC", "auroc_malignant": "AUROC, malignant", "frechet": "Frechet distance",
          "all": "all test images", "hard": "hard cases", "worst_group": "worst group"}
@@ -150,7 +150,7 @@ def contents(r, log, pictures) -> dict:
         "Rounds": rounds(r) + sheet(r, {f"round {i}": e for i, e in enumerate(r["rounds"], 1)}),
         "Filter": sheet(r, r["filter"]),
         "The generator": sheet(r, r["generator"], "In the features of a classifier that no arm "
-                               "uses; real images are the floor; distances in grey levels"),
+                               "uses; nearer: to train than a test image is, 50 % is honest"),
         "Splits": [("p", f"{note}.") for note in r["notes"]]
                   + sheet(r, {"few labels": r["pseudo"]}) + sheet(r, r["splits"]),
         "Settings": sheet(r, {"colour jitter": r["jitter"]}) + [
