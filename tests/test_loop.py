@@ -494,7 +494,7 @@ def test_every_arm_adds_as_many_images_of_each_class_and_group(run, train):
     again = loop.as_many_each(without, made, 40)        # who else runs changes the count at most
     assert all(np.array_equal(again[name], fewer[name]) for name in without)
     made["random"] = [of(0)]
-    with pytest.raises(data.DataError, match="arm random: no image passed .*'judge': 600"):
+    with pytest.raises(data.DataError, match="arm random: no image passed .*'judge': 300"):
         loop.as_many_each(makers, made, 48)
 
 
