@@ -277,7 +277,6 @@ def as_many_each(makers: dict, made: dict, most: int) -> dict:
     quota = data.least_of_each(kinds, size, most)
     if not quota.any():
         raise DataError("no cell is in all arms: raise loop.surplus")
-    print(f"every arm adds {quota.sum()} of {most} images")
 
     for name, index in passed.items():
         kinds, wanted = cells[name], quota
@@ -286,6 +285,7 @@ def as_many_each(makers: dict, made: dict, most: int) -> dict:
             wanted = quota.reshape(-1, groups).sum(1)
         some = [index[kinds == k][:n] for k, n in enumerate(wanted)]
         used[name] = np.sort(np.concatenate(some))
+    print(f"added, of {most}:", {a: len(i) for a, i in used.items()})
     return used
 
 

@@ -13,9 +13,12 @@ guided is better than both?
 Write both functions. To run the arm, copy `mirrored` into extras/children.py, import it in loop.py
 with the others there, add it to PLAIN (it needs no diffusion model) and a line to the table ARMS,
 "flipped": Arm(mirrored, filtered=False), and to README's table of arms a row in the same place (a
-test holds the two together): a dozen lines in all. Then, in half a minute:
+test holds the two together): a dozen lines in all. The tests that count lines and words go red,
+since both are full here; in your fork, raise the limits. Then, in half a minute, with a verdict on
+your arm (without guided it is the one asked about):
 
-    python loop.py --config configs/tiny.yaml --set loop.arms=[real,flipped,guided]
+    python loop.py --config configs/tiny.yaml --set loop.rounds=1 \\
+        --set loop.arms=[real,replay,flipped]
 
     python -m pytest exercises/test_10_arm.py
 

@@ -91,7 +91,7 @@ MORE_OVERRIDES = [
     ("evaluate.draws=1000000000", "evaluate.draws", "between"),
     ("loop.arms=guided", "loop.arms", "list"), ("loop.arms=[real, [guided]]", "arms[1]", "text"),
     ("loop.arms=[REAL]", "loop.arms[0]", "real"),
-    ("loop.arms=[real, mirror]", "loop.arms[1]", "replay, recolour, recolour_random, noise, noise_hard, external, random"),
+    ("loop.arms=[real, mirror]", "loop.arms[1]", "noise, noise_hard, external, random"),
     ("loop.device=", "loop.device", "auto"), ("loop.device=mps", "loop.device", "auto or cpu"),
     ("loop.device=cuda:x", "loop.device", "auto"), ("loop.device=cuda:99", "loop.device", "auto"),
     ("loop.bf16=maybe", "loop.bf16", "auto"), ("loop.deterministic=maybe", "deterministic", "true"),
