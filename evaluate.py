@@ -163,6 +163,8 @@ def outcome(low, high, margin):
     """What an interval of a difference says; margin: what is too small to matter."""
     if low is None:
         return None
+    if low == high:  # no lesion, no seed differs: too few to tell
+        return "not settled"
     if low > 0 or high < 0:
         return "better" if low > 0 else "worse"
     return "equal" if -margin <= low and high <= margin else "not settled"
@@ -223,7 +225,7 @@ def compare(arms, drawn, margin):
     asked = "guided" if "guided" in honest else honest[-1]
     rows = []
     for (subset, metric), tables in drawn.items():
-        noise = seed_noise(np.stack([t[:, 0] for t in tables.values()]))
+        noise = seed_noise(np.stack([tables[a][:, 0] for a in honest]))
         pairs = [(asked, b) for b in arms]
         pairs += [(a, "real") for a in arms if a != asked]
         for a, b in pairs:

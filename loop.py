@@ -26,7 +26,7 @@ from engine.run import Progress, Run
 from extras import (draws, estimate, external, few_labels,
                     measures, networks, outcome)
 from extras.children import (
-    REASONS, Candidates, Kit, children_of, children_used, copied,
+    REASONS, Candidates, Kit, children_used, copied,
     from_model, from_noise, kept, make_kit, recoloured)
 from guidance import OBJECTIVES
 
@@ -90,7 +90,8 @@ def experiment(run: Run) -> None:
 
     # 5. A round: mine what fails for students that never saw it, make children, filter them.
     count = round(c.loop.added * len(train) / c.loop.rounds) or 1
-    made, rounds = {name: [] for name in makers}, []
+    made = {name: [] for name in makers}
+    used, rounds = [], []
     for number in range(1, c.loop.rounds + 1):
         synthetic = kept(made.get("guided"), count)
         students, probs = cross_fit(run, number, train, synthetic, jitter)
@@ -104,9 +105,8 @@ def experiment(run: Run) -> None:
             kit = make_kit(run, name, number, train, generator, students)
             parents = parents_for(kit, arm, mined, splits, first[0])
             made[name].append(make(kit, arm, keep, *parents))
+        used.append(as_many_each(makers, made, count))
         rounds.append(outcome.of_round(run, train, probs, students, made))
-    most = count * c.loop.rounds
-    used = as_many_each(makers, made, most) if makers else {}
     added = children_used(made, used)
 
     # 6. Retrain: each arm from the same starts, as long, with as many added images. Then test.
@@ -209,13 +209,12 @@ def parents_for(kit: Kit, arm: Arm, mined, splits: dict, students):
         return kit.train, data.matched(kinds, hard, kit.seed), targets
     source = splits[arm.parents]
     if arm.parents == "external":
-        rng = np.random.default_rng(kit.seed)
-        some = rng.permutation(len(source))[:len(hard)]
+        some = external.in_round(kit, source)
         return source, some, np.full(len(some), -1)
     # Naive, for show: hard cases mined on the test set itself.
     votes = [predict(kit.run, one, source.images) for one in students]
     probs = np.mean(votes, axis=0)
-    return source, *mine(kit.run, source, probs, len(hard), None, "leak")
+    return source, *mine(kit.run, source, probs, len(hard), None, "leak", kit.number)
 
 
 def make(kit: Kit, arm: Arm, keep: "Filter", source: ImageSet,
@@ -258,22 +257,20 @@ class Filter:
 
 
 def as_many_each(makers: dict, made: dict, most: int) -> dict:
-    """Which children each arm adds, {name: index into children_of}: of every class x group cell as
-    many in all arms, the first that passed. Of others' images as many of every class."""
+    """Which children of the last round each arm adds, {name: index into them}: of every class x
+    group cell as many in all arms, the first that passed. Of others' images as many of a class."""
+    last = {name: made[name][-1] for name in makers}
     passed, cells, used = {}, {}, {}
-    for name in makers:
-        children = children_of(made[name])
-        why = [m.rejected_by for m in made[name]]
-        why = np.concatenate(why)
-        passed[name] = np.flatnonzero(why == 0)
-        if why.all():
+    for name, m in last.items():
+        if m.rejected_by.all():
             raise DataError(f"arm {name}: no image passed the filter: "
-                            f"{outcome.tally(why)}; raise ddpm.steps")
-        cells[name] = data.cells(children)[passed[name]]
-    groups = 1 + len(children.group_names)
+                            f"{outcome.tally(m.rejected_by)}")
+        passed[name] = np.flatnonzero(m.rejected_by == 0)
+        cells[name] = data.cells(m.children)[passed[name]]
+    groups = 1 + len(m.children.group_names)
+    size = len(m.children.class_names) * groups
     ours = [a for a in makers if makers[a].parents in OURS]
     kinds = [cells[a] for a in ours or makers]
-    size = len(children.class_names) * groups
     quota = data.least_of_each(kinds, size, most)
     if not quota.any():
         raise DataError("no cell is in all arms: raise loop.surplus")

@@ -107,7 +107,7 @@ def walked(run: Run, splits: dict, arms: dict, seen, jitter: float):
     weights = loop.mixed(run, train)[1]
     generator = networks.train_generator(run, train, seen, weights)
     judge = loop.student(run, "judge", train, weights, run.seed("judge"), jitter)
-    keep, first = loop.Filter(run, judge, seen, splits), None
+    keep, first, used = loop.Filter(run, judge, seen, splits), None, []
     for number in range(1, c.rounds + 1):
         synthetic = loop.kept(made.get("guided"), count)
         students, probs = loop.cross_fit(run, number, train, synthetic, jitter)
@@ -118,7 +118,8 @@ def walked(run: Run, splits: dict, arms: dict, seen, jitter: float):
             kit = make_kit(run, name, number, train, generator, students)
             parents = loop.parents_for(kit, arm, mined, splits, first)
             made[name].append(loop.make(kit, arm, keep, *parents))
-    return first, loop.children_used(made, loop.as_many_each(makers, made, count * c.rounds))
+        used.append(loop.as_many_each(makers, made, count))
+    return first, loop.children_used(made, used)
 
 
 def fewer(c, train: data.ImageSet) -> data.ImageSet:

@@ -23,11 +23,10 @@ UNREADABLE = (OSError, EOFError, ValueError, SyntaxError, RuntimeError, Arithmet
 
 
 def read(c, cache=None, progress=None) -> tuple[dict, dict, np.ndarray | None]:
-    """All images of the data set that `c`, the config's section data, describes: the arrays and
-    the names of data.ImageSet, and (N,) str, the data set's own splits, or None.
-    Images with the very same pixels count as one lesion. Everything wrong with the data is raised
-    in one DataError; with c.skip_bad the images that it concerns are left out, counted in notes.
-    cache, progress: see decode_all."""
+    """All images of the data set that `c`, the config's section data, describes: the fields of
+    data.ImageSet, and (N,) str, the data set's own splits, or None. Images with the very same
+    pixels count as one lesion. Everything wrong with the data is raised in one DataError; with
+    c.skip_bad the images that it concerns are left out, counted in notes."""
     listing = layouts.read(c)
     images, unreadable = decode_all(listing, c.size, cache, progress)
     problems = listing.problems + [(f"{image} cannot be decoded ({reason}): replace the file",

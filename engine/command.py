@@ -103,22 +103,30 @@ def launch(experiment: Callable[[Run], None], known: dict, argv: list[str] | Non
         name = Path(path).stem if arguments.name is None else arguments.name
         require(name.isprintable() and name == Path(name).name not in ("", "..", "cache"),
                 f"--name: found {name!r}; write a new folder's name, no path, and not 'cache'")
+        require(not arguments.draws or config.data.kind != "dermamnist",
+                "--draws: kind dermamnist brings its own splits, so there is one draw")
         if new:
             folder = new_folder(Path("runs"), name)
+            if arguments.draws:
+                write_bytes(folder / "draws", str(arguments.draws).encode())
             keep(config, folder)
-            for k in range(arguments.draws):
-                keep(config.replace("data", seed=config.data.seed + k)
-                     .replace("loop", seed=config.loop.seed + k), folder / f"draw-{k}")
-        draws = [folder / f"draw-{k}" for k in range(len([*folder.glob("draw-*")]))]
+        require(not (folder.parent / "draws").is_file(), f"--resume {folder}: it is one of several "
+                f"draws; go on with all: python loop.py --resume {folder.parent}")
+        count = (folder / "draws").read_text() if (folder / "draws").is_file() else "0"
+        require(count.isdecimal(), f"{folder}/draws: found {count!r}, write the number of draws")
+        draws = [folder / f"draw-{k}" for k in range(int(count))]
         with locked(folder), stoppable(folder):
             torch.backends.cudnn.benchmark = not config.loop.deterministic
             if config.loop.deterministic:
                 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"       # wanted by the next line
                 torch.use_deterministic_algorithms(True)
-            for draw in draws:
+            for k, draw in enumerate(draws):
                 print(draw)
-                with contextlib.suppress(SystemExit):       # it is finished
-                    experiment(Run(draw, configuration.load(draw / "config.yaml", (), known)))
+                own = config.replace("data", seed=config.data.seed + k)
+                own = own.replace("loop", seed=config.loop.seed + k)
+                keep(own, draw)
+                with locked(draw), contextlib.suppress(SystemExit):     # it is finished
+                    experiment(Run(draw, own))
             pool(folder, draws) if draws else experiment(Run(folder, config))
         return 0
     except TROUBLE as error:
@@ -132,8 +140,8 @@ def launch(experiment: Callable[[Run], None], known: dict, argv: list[str] | Non
 def keep(config: Config, folder: Path) -> None:
     """A run's folder with its config, from which it can be resumed."""
     folder.mkdir(exist_ok=True)
-    (folder / "lock").touch()
     write_bytes(folder / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False).encode())
+    (folder / "lock").touch()
 
 
 @contextlib.contextmanager

@@ -53,7 +53,9 @@ class Run:
         self.reading, self.plan, self.pace = reading, {}, 1.0   # seconds by stage; how true so far
         self.device = pick_device(config.loop.device)
         self.bf16 = pick_bf16(config.loop.bf16, self.device)
-        self.cache = folder.parent / "cache" / f"{config.data.kind}_{config.data.size}"
+        draw = (folder.parent / "draws").is_file()          # one of several
+        runs = folder.parent.parent if draw else folder.parent
+        self.cache = runs / "cache" / f"{config.data.kind}_{config.data.size}"
         self.checkpoints = folder / "checkpoints"
         if not reading:
             self.checkpoints.mkdir(exist_ok=True)
@@ -73,8 +75,9 @@ class Run:
         seen = {name: {"pixels": digests(s.images), "lesions": sorted({*s.lesions.tolist()})}
                 for name, s in splits.items()}
         self.write("seen.json", json.dumps({"fingerprint": self.fingerprint, **seen}))
-        if mapping(folder / "results.json").get("fingerprint") == self.fingerprint and (
-                folder / "report.html").exists():
+        done, scored = mapping(folder / "results.json"), vars(self.config.evaluate)
+        if done.get("fingerprint") == self.fingerprint and (folder / "report.html").exists() and (
+                done.get("config", {}).get("evaluate") == scored):
             print(f"{folder} is finished, nothing is left to do; its report: {folder}/report.html "
                   f"(to make it anew, remove {folder}/results.json)")
             sys.exit()

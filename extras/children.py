@@ -29,14 +29,10 @@ class Candidates(NamedTuple):
     nonfinite_gradients: int
 
 
-def children_of(made: list[Candidates]) -> ImageSet:
-    """One arm's children of all rounds."""
-    return reduce(ImageSet.extend, [m.children for m in made])
-
-
-def children_used(made: dict[str, list], used: dict[str, np.ndarray]) -> dict[str, ImageSet]:
-    """What each arm adds. used: index into children_of by arm."""
-    return {arm: children_of(made[arm]).subset(index) for arm, index in used.items()}
+def children_used(made: dict[str, list[Candidates]], used: list[dict[str, np.ndarray]]) -> dict:
+    """{arm: what it adds} of the rounds in `used`: by round and arm an index into the children."""
+    return {arm: reduce(ImageSet.extend, [m.children.subset(u[arm]) for m, u in zip(of, used)])
+            for arm, of in made.items()}
 
 
 def kept(made: list[Candidates] | None, most: int) -> ImageSet | None:
@@ -44,12 +40,6 @@ def kept(made: list[Candidates] | None, most: int) -> ImageSet | None:
     sets = [m.children.subset(np.flatnonzero(m.rejected_by == 0)[:most])
             for m in made or []]
     return reduce(ImageSet.extend, sets) if sets else None
-
-
-def in_round(made: list[Candidates], index: np.ndarray, number: int) -> np.ndarray:
-    """Of an index into children_of what lies in round `number`, from 0, as an index into it."""
-    here = index - sum(len(m.parents) for m in made[:number])
-    return here[(here >= 0) & (here < len(made[number].parents))]
 
 
 class Kit(NamedTuple):
@@ -60,12 +50,14 @@ class Kit(NamedTuple):
     train: ImageSet
     generator: Generator | None
     students: list[nn.Module]
+    number: int = 1                 # of the round
 
 
 def make_kit(run: Run, name: str, number: int, train: ImageSet, generator, students) -> Kit:
     """The kit of arm `name` in round `number`. Image i has the same noise in every arm, and all
     `random` parents are the same: what arms share by chance is in no difference of theirs."""
-    return Kit(run, f"{name}_{number}", run.seed("children", number), train, generator, students)
+    return Kit(run, f"{name}_{number}", run.seed("children", number), train, generator, students,
+               number)
 
 
 def copied(kit: Kit, parents: ImageSet, targets: np.ndarray, objectives: dict) -> Drawn:

@@ -53,8 +53,8 @@ def taught(guide: nn.Module, schedule: ddpm.Schedule, t: Tensor, x0_hat: Tensor,
 
         mean of abar_t * CE(guide(x0_hat), y)
 
-    abar_t, because x0_hat of a very noisy image is a blur of all, and a class forced upon it would
-    be noise that fools the guide. x0_hat is clipped as samplers do; a withheld class counts 0."""
+    abar_t, because x0_hat of a very noisy image is a blur of all. It is clipped as samplers do; a
+    withheld class counts 0."""
     logits = guide(x0_hat.clamp(-1, 1), torch.zeros_like(t))
     error = F.cross_entropy(logits, y, ignore_index=-1, reduction="none")               # (B,)
     return (schedule.abar(t, x0_hat).flatten() * error).mean()
@@ -76,11 +76,10 @@ def train(networks: nn.ModuleDict, schedule: ddpm.Schedule, images: Tensor, labe
           classifier_probability: float, seed: int, bf16: bool = False,
           **progress) -> list[float]:
     """Train "unet" (EMA weights are left in it) together with "guide", or with its own head where
-    `networks` holds no guide. Arguments otherwise as in ddpm.train and classifier.train.
-    To the diffusion loss is added the classifier's, on other real images, evenly over the classes,
-    half of them clean. But with classifier_probability, after a tenth of the steps, the guide
-    teaches instead: classifier_weight times `taught` is added, for the diffusion model alone. A
-    head's own loss, times classifier_weight, teaches in every step."""
+    `networks` holds none. To the diffusion loss is added the classifier's, on other real images,
+    evenly over the classes, half of them clean. But with classifier_probability, after a tenth of
+    the steps, the guide teaches instead: classifier_weight times `taught` is added, for the
+    diffusion model alone. A head's own loss, times classifier_weight, teaches in every step."""
     unet, joint = networks["unet"], "guide" not in networks
     guide = Head(unet) if joint else networks["guide"]
     ema, table = UnetEMA(unet, ema_decay), classifier.cumulative(weights)

@@ -28,8 +28,9 @@ def pooled(found: list[dict]) -> dict:
     """One results.json from those of all draws: every number their mean, with its interval."""
     first = found[0]
     images = {part: s["images"] for part, s in first["splits"].items()}
+    labelled = first["pseudo"].get("labels", images["train"])       # without the guessed ones
     overlap = 0.0 if first["config"]["data"]["kind"] == "phantom" else images["test"] / (
-        images["train"] + images.get("unlabelled", 0))
+        labelled + images.get("unlabelled", 0))
 
     def mean(values, at_once=1, limits=(0, 1)):
         if isinstance(values[0], dict):
@@ -38,7 +39,7 @@ def pooled(found: list[dict]) -> dict:
                 return over_draws([of["value"] for of in values], at_once, overlap, limits)
             return {key: mean([of[key] for of in values]) for key in keys}
         return float(np.mean(values))
-    arms = {arm: {"optimistic": a["optimistic"], "seeds": a["seeds"],
+    arms = {arm: {"optimistic": a["optimistic"], "seeds": a["seeds"] * len(found),
                   "added": round(np.mean([r["arms"][arm]["added"] for r in found])),
                   "test": mean([r["arms"][arm]["test"] for r in found])}
             for arm, a in first["arms"].items()}
@@ -55,7 +56,8 @@ def pooled(found: list[dict]) -> dict:
         rows.append(key | whole | {
             "outcome": outcome(whole["low"], whole["high"], margin), "uncorrected": plain,
             "draws": [{k: c[k] for k in ("value", "low", "high")} for c in each]})
-    worst = " or ".join(sorted({r["worst_group"] for r in found} - {None})) or None
+    names = {r["worst_group"] for r in found}
+    worst = None if None in names else " or ".join(sorted(names))
     together = {"arms": arms, "comparisons": rows, "worst_group": worst, "overlap": overlap,
                 "rounds": [mean(list(of)) for of in zip(*(r["rounds"] for r in found))],
                 "config": first["config"], "splits": first["splits"], "draws": len(found)}

@@ -59,6 +59,12 @@ def load_made(c: Config, like: ImageSet) -> dict[str, ImageSet]:
                                  subtype_names=like.subtype_names)}
 
 
+def in_round(kit, source: ImageSet) -> np.ndarray:
+    """Which of the images are candidates in the kit's round, an index: in every round others."""
+    order = np.random.default_rng(kit.run.seed("external")).permutation(len(source))
+    return np.array_split(order, kit.run.config.loop.rounds)[kit.number - 1]
+
+
 def held_out(keep, splits: dict, images: np.ndarray) -> np.ndarray:
     """Which images, (N,) bool, are some of val or test, mirrored, turned by 90 degrees or stored
     anew. Not found: what was cropped, brightened or turned otherwise. keep: the loop.Filter."""

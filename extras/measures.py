@@ -209,12 +209,12 @@ def generator_quality(features, votes, sets: dict, test, known: np.ndarray, seed
     are the truth. "nearer": P(an image lies nearer to `known`, what was learnt from, than test)."""
     *chosen, index = same_mixture([*sets.values(), test], seed)
     real, found = features(test.images[index]), {}
-    unseen = np.sort(nearest(test.images, known)[0])
+    unseen = np.sort(nearest(test.images[index], known)[0])
     for (name, s), index in zip(sets.items(), chosen):
         row = found[name] = {"n": len(index)}
         if oracle and len(index):
             row["label_fidelity_oracle"] = float((votes(s.images[index]) == s.labels[index]).mean())
-        distance = nearest(s.images, known)[0]
+        distance = nearest(s.images[index], known)[0]
         ranks = [unseen.searchsorted(distance, side) for side in ("left", "right")]
         row["nearer"] = 1 - float(np.mean(ranks)) / len(unseen)
         row |= dict.fromkeys(("frechet", "precision", "recall"))

@@ -14,7 +14,7 @@ from engine.augment import to_float
 from engine.run import Run, csv_bytes, derive, environment, save_picture
 from evaluate import balanced_accuracy
 from extras import measures, pictures, report
-from extras.children import REASONS, children_of, children_used, in_round
+from extras.children import REASONS, children_used
 
 
 def counts(s: ImageSet) -> dict:
@@ -105,14 +105,14 @@ def by_round(run: Run, splits: dict, rounds: list, made: dict, used: dict, predi
         entry = {key: e[key] for key in ("hard out of fold", "wrong out of fold")}
         parents, children, scores = {}, {}, {}
         for arm, of in made.items():
-            here = in_round(of, used[arm], number)
+            here = used[number][arm]
             if arm in e["children"] and len(here):
                 parents[arm] = float((e["margin"][of[number].parents[here]] < 0).mean())
                 children[arm] = float((e["children"][arm][here] < 0).mean())
             if number + 1 < len(rounds):
-                index = [i for i in used[arm] if i < sum(len(m.parents) for m in of[:number + 1])]
+                so_far = children_used({arm: of}, used[:number + 1])[arm]
                 one = student(run, f"round_{number + 1}_{arm}",
-                              *mixed(run, splits["train"], children_of(of).subset(index)),
+                              *mixed(run, splits["train"], so_far),
                               run.seed("student", 0), jitter)
                 probs = classifier.predict(one, run.tensor(val.images), run.bf16)
             else:
@@ -123,22 +123,23 @@ def by_round(run: Run, splits: dict, rounds: list, made: dict, used: dict, predi
     return entries
 
 
-def write_synthetic(run: Run, train: ImageSet, made: list, used: np.ndarray) -> None:
+def write_synthetic(run: Run, train: ImageSet, made: list, used: list[np.ndarray]) -> None:
     """synthetic/<class>/*.png, a folder data set, and synthetic.csv: the guided images that the arm
-    added, and their origin; about.json: what they are. used: index into the children of all."""
+    added, and their origin; about.json: what they are. used: index into the children, by round."""
     folder = run.folder / "synthetic"
     for name in train.class_names:
         (folder / name).mkdir(parents=True, exist_ok=True)
     rows = [("image", "parent", "class", "group", "fold", "judge", "distance", "seed")]
     for number, m in enumerate(made, start=1):
-        for i in in_round(made, used, number - 1):
+        for i in used[number - 1]:
             name = train.class_names[m.children.labels[i]]
             file = f"{name}/{number}_{i:05d}.png"
-            if not (folder / file).exists():
-                save_picture(folder / file, pictures.one(m.children.images[i]))
+            save_picture(folder / file, pictures.one(m.children.images[i]))
             rows.append((file, m.children.sources[i], name, pictures.group_of(train, m.targets[i]),
                          m.children.folds[i], f"{m.judge[i]:.4f}", f"{m.distance[i]:.2f}",
                          derive(run.seed("children", number), i)))
+    for path in {*folder.glob("*/*.png")} - {folder / file for file, *_ in rows}:
+        path.unlink()                   # of an earlier attempt with other settings
     listed = csv_bytes(rows)
     run.write("synthetic/synthetic.csv", listed)
     content = [(folder / file).read_bytes() for file, *_ in rows[1:]] + [listed]
@@ -177,7 +178,7 @@ def end(run: Run, splits: dict, predictions: dict, made: dict, used: dict, keep,
     np.savez_compressed(buffer, **predictions)
     run.write("predictions.npz", buffer.getvalue())
     if "guided" in made:
-        write_synthetic(run, splits["train"], made["guided"], used["guided"])
+        write_synthetic(run, splits["train"], made["guided"], [u["guided"] for u in used])
     rejected = {arm: np.concatenate([m.rejected_by for m in of]) for arm, of in made.items()}
     dropped = {arm: sum(m.nonfinite_gradients for m in of) for arm, of in made.items()}
     results = {
@@ -187,7 +188,7 @@ def end(run: Run, splits: dict, predictions: dict, made: dict, used: dict, keep,
         "notes": list(splits["train"].notes), "leak": leaked_share(splits), "pseudo": pseudo,
         "jitter": {"chosen": jitter, "val_balanced_accuracy": jitter_scores}, "rounds": rounds,
         "filter": {arm: {"candidates": len(of)} | tally(of) | {
-            "used": len(used[arm]), "nonfinite_gradients": dropped[arm]}
+            "used": len(added[arm]), "nonfinite_gradients": dropped[arm]}
             for arm, of in rejected.items()},
         "generator": quality(run, splits, added, keep, student, jitter),
         **measures.everything(predictions, min_count=c.evaluate.min_count, draws=c.evaluate.draws,

@@ -19,7 +19,6 @@ def draw_all(run: Run, train: ImageSet, made: dict, generator, students: list,
              probs: np.ndarray, reasons: tuple) -> None:
     """The pictures of the report but for data.png. made: candidates by arm and round."""
     margin = data.margins(probs, train)
-    draw(run, "hard", hard_cases, train, probs, margin)
     if not made.get("guided"):
         return
     m = made["guided"][-1]
@@ -90,14 +89,6 @@ def by_class_and_group(*sets: ImageSet, each: int = 2, words=("",), seed: int = 
                 picked = some.images[rng.permutation(cell)[:each]]
                 cells.append((picked, [f"{name}: {len(cell)} {word}"], each))
     return grid(cells, each * len(groups) * len(sets), list(sets[0].class_names))
-
-
-def hard_cases(train: ImageSet, probs: np.ndarray, margin: np.ndarray) -> Image.Image:
-    """The 24 images with the smallest margin (N,) in out-of-fold probs (N, C): class > answer."""
-    chosen, names = np.argsort(margin, kind="stable")[:24], train.class_names
-    captions = [f"{names[train.labels[i]]} > {names[probs[i].argmax()]}\n"
-                + group_of(train, train.groups[i]) for i in chosen]
-    return contact_sheet(train.images[chosen], captions)
 
 
 def children(train: ImageSet, parents, images, targets, judge, rejected_by) -> Image.Image:

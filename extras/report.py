@@ -34,7 +34,7 @@ LEGEND = ("p", "Percent, with the 95 % interval for new lesions and new training
           "smallest; some of it is chance, so compare the arms.")
 CAPTIONS = {
     "children": "Parents above their children: group asked for, judge's probability, kept or not",
-    "data": "Training images by class and group", "hard": "What the students get wrong",
+    "data": "Training images by class and group",
     "types": "One lesion carried to every group"}
 
 

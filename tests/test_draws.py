@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from conftest import SMALL, go
-from extras import draws, measures
+from extras import draws, measures, report
 from test_evaluate import predictions
 
 NONE = {"value": None, "low": None, "high": None}
@@ -33,7 +33,7 @@ def results(seed, gain, worst="g1"):
     p = predictions(gain={"guided": gain}, seed=seed)
     found = measures.everything(p, draws=100)
     found["arms"] = {arm: a | {"added": 10} for arm, a in found["arms"].items()}
-    return found | {"worst_group": worst, "rounds": [{"hard out of fold": seed / 10,
+    return found | {"worst_group": worst, "pseudo": {}, "rounds": [{"hard out of fold": seed / 10,
                                                       "children wrong": {"guided": 0.5}}],
                     "config": {"data": {"kind": "phantom"}, "evaluate": {"margin": 1.0}},
                     "splits": {part: {"images": n} for part, n in
@@ -64,9 +64,12 @@ def test_every_number_is_the_mean_of_the_draws():
 
 def test_what_a_draw_lacks_has_no_mean():
     found = [results(1, 0.0), results(2, 0.0, None)]
+    for a in found[1]["arms"].values():
+        del a["test"]["worst_group"], a["test"]["all"]["equal_opportunity_gap"]
     found[1]["comparisons"] = [c for c in found[1]["comparisons"] if c["subset"] != "worst_group"]
     r = draws.pooled(found)
-    assert {c["subset"] for c in r["comparisons"]} == {"all", "hard"} and r["worst_group"] == "g1"
+    assert {c["subset"] for c in r["comparisons"]} == {"all", "hard"} and r["worst_group"] is None
+    assert "worst group" not in str(report.first_table(r)[0][2])
 
 
 def test_a_run_of_two_draws_is_pooled_and_stopped_in_the_second_goes_on_there(
@@ -92,10 +95,45 @@ def test_a_run_of_two_draws_is_pooled_and_stopped_in_the_second_goes_on_there(
     for name in ("results.json", "draw-1/results.json", "draw-1/checkpoints/student_real_0.pt"):
         (folder / name).unlink()
     capsys.readouterr()
+    go(tmp_path, ["--resume", folder / "draw-1"], status=2)
+    assert f"go on with all: python loop.py --resume {folder}" in capsys.readouterr().err
     go(tmp_path, ["--resume", folder])
     assert (folder / "results.json").read_bytes() == pooled
     assert (folder / "draw-0/predictions.npz").stat().st_mtime_ns == before
     assert "mean of 2 draws" in capsys.readouterr().out
+
+    # a change of how it is scored reaches every draw, and nothing is trained again
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("margin: 1.0", "margin: 99.0"))
+    go(tmp_path, ["--resume", folder])
+    margins = [json.loads((folder / name / "results.json").read_text())["config"]["evaluate"]
+               ["margin"] for name in ("draw-0", "draw-1", ".")]
+    assert margins == [99.0] * 3
+    (folder / "draws").write_text("x")
+    go(tmp_path, ["--resume", folder], status=2)
+    assert "draws: found 'x'" in capsys.readouterr().err
+
+
+def test_a_kill_before_the_first_draw_forgets_no_draw(tmp_path, capsys):
+    (tmp_path / "tiny.yaml").write_text(SMALL)
+    folder = go(tmp_path, ["--config", "tiny.yaml", "--draws", 2, "--set", "loop.arms=[real]",
+                           "--set", "data.kind=folder", "--set", "data.malignant=[mel]",
+                           "--set", "data.root=nowhere"], status=2)
+    assert not folder.exists()
+    folder.mkdir(parents=True)
+    (folder / "draws").write_text("2")
+    (folder / "config.yaml").write_text((tmp_path / "tiny.yaml").read_text() + "\n")
+    (folder / "lock").touch()
+    capsys.readouterr()
+    go(tmp_path, ["--resume", folder, "--set", "loop.seeds=1"], status=2)
+    assert "keeps its config, name and draws" in capsys.readouterr().err
+
+
+def test_a_data_set_with_its_own_splits_has_one_draw(tmp_path, capsys):
+    (tmp_path / "tiny.yaml").write_text(SMALL)
+    go(tmp_path, ["--config", "tiny.yaml", "--draws", 2, "--set", "data.kind=dermamnist",
+                  "--set", "data.root=x"], status=2)
+    assert "so there is one draw" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, says", [

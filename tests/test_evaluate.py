@@ -284,7 +284,8 @@ def test_seed_noise_is_that_of_the_textbook_analysis_of_randomised_blocks():
 @pytest.mark.parametrize("low, high, said", [
     (.001, .03, "better"), (.001, .009, "better"), (-.03, -.001, "worse"), (-.01, .01, "equal"),
     (-.002, .009, "equal"), (-.002, .011, "not settled"), (-.03, .002, "not settled"),
-    (0., .02, "not settled"), (0., 0., "equal")])
+    (0., .02, "not settled"), (-.001, 0., "equal"), (0., 0., "not settled"),
+    (.03, .03, "not settled")])         # no spread at all: too few to tell
 def test_four_outcomes(low, high, said):
     assert ev.outcome(low, high, 0.01) == said
 

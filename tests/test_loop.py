@@ -50,7 +50,7 @@ def test_the_run_folder_holds_what_it_should(tiny):
         assert len(arm["per_class"]) == 4 and len(arm["per_group"]) == 6
     assert results["splits"]["train"]["images"] == 160 and len(results["rounds"]) == 1
     assert configuration.load(tiny / "config.yaml").as_dict() == results["config"]
-    for name in ("data", "hard", "children", "types"):
+    for name in ("data", "children", "types"):
         assert Image.open(tiny / f"pictures/{name}.png").width > 50
     for event in map(json.loads, (tiny / "log.jsonl").read_text().splitlines()):
         assert {"time", "event"} <= set(event)
@@ -231,7 +231,7 @@ def test_an_arm_that_has_no_images_ends_the_run_in_one_line(child, more_arms, tm
     more_arms["empty"] = loop.Arm(child)
     run = new(tmp_path, "loop.arms=[real, empty]", "classifier.steps=3", status=2)
     [line] = said(capsys)
-    assert "arm empty: no image passed the filter" in line and "ddpm.steps" in line
+    assert "arm empty: no image passed the filter" in line and "'kept': 0" in line
     assert not (run / "results.json").exists()
 
 
@@ -357,7 +357,7 @@ def test_near_copies_of_training_images_are_never_written(run, splits, train):
     judge = Knows(first.children.images, first.children.labels)         # it agrees with all
     keep = loop.Filter(run, judge, train, splits)
     found = loop.make(kit, arm, keep, train, hard, targets)
-    outcome.write_synthetic(run, train, [found], np.flatnonzero(found.rejected_by == 0))
+    outcome.write_synthetic(run, train, [found], [np.flatnonzero(found.rejected_by == 0)])
     written = [np.asarray(Image.open(p)).transpose(2, 0, 1)
                for p in run.folder.glob("synthetic/*/*.png")]
     dropped = (found.rejected_by == loop.REASONS.index("copy")).sum()
@@ -456,8 +456,8 @@ def test_mining_takes_the_wrong_and_the_unsure(run, train):
         assert np.array_equal(ours, theirs)
 
 
-def test_every_arm_adds_as_many_images_of_each_class_and_group(run, train):
-    """By hand: two rounds of candidates, each arm's with its own losses."""
+def test_every_arm_adds_in_each_round_as_many_images_of_each_class_and_group(run, train):
+    """By hand: a round of candidates, each arm's with its own losses."""
     rng, makers = np.random.default_rng(0), {
         name: loop.ARMS[name] for name in ("replay", "random", "guided", "external", "leaked")}
 
@@ -465,37 +465,50 @@ def test_every_arm_adds_as_many_images_of_each_class_and_group(run, train):
         chosen, none = rng.integers(0, len(train), 300), np.zeros(300)
         why = np.where(rng.random(300) < share, 0, 2)
         return loop.Candidates(train.subset(chosen), chosen, none, none, none, why, 0)
-    made = {name: [of(share), of(share)]
+    made = {name: [of(0.2), of(share)]          # the first round is over
             for name, share in zip(makers, (1, 0.7, 0.5, 0.9, 0.8))}
     used = loop.as_many_each(makers, made, 10**6)
     counts = {}
     for name, index in used.items():
-        children = loop.children_of(made[name])
-        why = np.concatenate([m.rejected_by for m in made[name]])
-        assert not why[index].any() and (np.diff(index) > 0).all()
-        cells, chosen = data.cells(children), set(index)
+        m = made[name][-1]
+        assert not m.rejected_by[index].any() and (np.diff(index) > 0).all()
+        cells, chosen = data.cells(m.children), set(index)
         counts[name] = Counter(cells[index].tolist())
         for cell in counts[name] if name in ("replay", "random", "guided") else ():
-            passed = np.flatnonzero((cells == cell) & (why == 0))       # the first that passed
+            passed = np.flatnonzero((cells == cell) & (m.rejected_by == 0))     # the first of these
             assert passed[:counts[name][cell]].tolist() == sorted(chosen & set(passed))
             counts["all", name, cell] = len(passed)
     assert counts["replay"] == counts["random"] == counts["guided"] != counts["external"]
     for cell, n in counts["guided"].items():
         assert n == min(counts["all", name, cell] for name in ("replay", "random", "guided"))
     for name in ("external", "leaked"):     # of others' images: of a class as many
-        labels = [np.bincount(loop.children_of(made[a]).labels[used[a]]) for a in (name, "guided")]
+        labels = [np.bincount(made[a][-1].children.labels[used[a]]) for a in (name, "guided")]
         assert labels[0].tolist() == labels[1].tolist()
 
     fewer = loop.as_many_each(makers, made, 40)     # where not all fit, even over the cells
-    cells = data.cells(loop.children_of(made["guided"]))[fewer["guided"]]
+    cells = data.cells(made["guided"][-1].children)[fewer["guided"]]
     assert {len(index) for index in fewer.values()} == {40}
-    assert max(Counter(cells.tolist()).values()) <= 3
+    few, most = Counter(cells.tolist()), max(Counter(cells.tolist()).values())
+    assert all(n >= most - 1 or n == counts["guided"][cell] for cell, n in few.items())
     without = {name: arm for name, arm in makers.items() if name not in ("external", "leaked")}
     again = loop.as_many_each(without, made, 40)        # who else runs changes the count at most
     assert all(np.array_equal(again[name], fewer[name]) for name in without)
+    added = loop.children_used({"guided": made["guided"]}, [again, fewer])["guided"]
+    assert added.sources.tolist() == [
+        *made["guided"][0].children.sources[again["guided"]],
+        *made["guided"][1].children.sources[fewer["guided"]]]
     made["random"] = [of(0)]
     with pytest.raises(data.DataError, match="arm random: no image passed .*'judge': 300"):
         loop.as_many_each(makers, made, 48)
+
+
+def test_an_external_image_is_a_candidate_in_one_round_alone(run, train):
+    run = set_to(run, "loop", rounds=3)
+    rounds = [loop.parents_for(loop.Kit(run, "x", 1, train, None, [], number),
+                               loop.ARMS["external"], (np.arange(4), None),
+                               {"external": train}, []) for number in (1, 2, 3)]
+    assert all(source is train and (targets == -1).all() for source, _, targets in rounds)
+    assert sorted(np.concatenate([some for _, some, _ in rounds])) == list(range(len(train)))
 
 
 def test_a_recoloured_start_keeps_the_recoloured_image_where_little_noise_is_added(

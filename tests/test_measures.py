@@ -289,10 +289,11 @@ def test_the_quality_of_a_generator_that_copies_and_of_one_that_does_not():
     found = measures.generator_quality(features, votes, sets, test, train.images, 5, oracle=True)
     guided, real = found["guided"], found["real (val)"]
     assert guided["label_fidelity_oracle"] == 1 and real["label_fidelity_oracle"] < .5
-    apart = [measures.nearest(s.images, train.images)[0] for s in (val, test)]
+    *chosen, of_test = measures.same_mixture([copies, val, test], 5)
+    apart = [measures.nearest(s.images[index], train.images)[0]
+             for s, index in ((val, chosen[1]), (test, of_test))]
     pairs = (apart[0][:, None] < apart[1]).mean() + (apart[0][:, None] == apart[1]).mean() / 2
     assert guided["nearer"] == 1 and real["nearer"] == pytest.approx(pairs) and 0.4 < pairs < 0.6
-    *chosen, of_test = measures.same_mixture([copies, val, test], 5)
     assert guided["n"] == real["n"] == len(of_test) > 100
     for row, s, index in zip((guided, real), (copies, val), chosen):
         ours, theirs = features(s.images[index]), features(test.images[of_test])
