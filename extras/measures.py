@@ -216,7 +216,7 @@ def generator_quality(features, votes, sets: dict, test, known: np.ndarray, seed
             row["label_fidelity_oracle"] = float((votes(s.images[index]) == s.labels[index]).mean())
         distance = nearest(s.images[index], known)[0]
         ranks = [unseen.searchsorted(distance, side) for side in ("left", "right")]
-        row["nearer"] = 1 - float(np.mean(ranks)) / len(unseen)
+        row["nearer"] = 1 - float(np.mean(ranks)) / len(unseen) if len(index) else None
         row |= dict.fromkeys(("frechet", "precision", "recall"))
         if len(index) > real.shape[1]:          # fewer say nothing: None
             own = features(s.images[index])
