@@ -59,7 +59,7 @@ def ledger(count: int) -> None:
                       rejected_by=np.zeros(count, int), nonfinite_gradients=0)
     Path("ledger").mkdir()
     run = Run(Path("ledger"), configuration.load(HERE / "config.yaml"))
-    outcome.write_synthetic(run, train, [made], np.arange(count))
+    outcome.write_synthetic(run, train, [made], [np.arange(count)])
     with open("ledger/synthetic/synthetic.csv") as file:
         assert sum(1 for _ in file) == count + 1
 
