@@ -201,7 +201,7 @@ def test_resampling_images_instead_of_lesions_would_cover_too_little():
 
 
 @pytest.mark.parametrize("seeds, errors, trainings", [
-    (3, "shared", 0), (3, "separate", 0), (3, "half", 1), (3, "separate", 4), (5, "shared", 2)])
+    (3, "shared", 0), (3, "separate", 4), (5, "half", 1)])
 def test_intervals_hold_what_they_promise(seeds, errors, trainings):
     """A small part of benchmarks/coverage.py, with room for the chance of 250 studies."""
     found = coverage.measured(250, seeds, errors, trainings)
@@ -230,7 +230,7 @@ def test_student_t_has_the_printed_quantiles(inside, df, t):
 
 
 def test_student_t_with_many_degrees_of_freedom_is_normal():
-    assert ev.t_quantile(.95, 10**5) == pytest.approx(NormalDist().inv_cdf(.975), abs=1e-4)
+    assert ev.t_quantile(.95, 10**4) == pytest.approx(NormalDist().inv_cdf(.975), abs=1e-3)
 
 
 def test_interval_of_one_seed_and_of_undefined_tables():
