@@ -117,8 +117,8 @@ def experiment(run: Run) -> None:
                                 run.seed("student", s), jitter)
                         for s in range(c.loop.seeds)]
     arrays = outcome.predict(run, splits, finals, first[0], predict)
-    outcome.end(run, splits, arrays, made, used, keep, generator,
-                students, first[1], student, mixed, jitter,
+    outcome.end(run, splits, arrays, made, used, added, keep,
+                generator, students, first[1], student, mixed, jitter,
                 rounds=rounds, jitter_scores=scores, pseudo=guesses)
 
 

@@ -62,7 +62,7 @@ def score_on(folder: Path, name: str, other: Config) -> dict:
                                              test.images)}
     p |= {f"test_probs_{arm}": finished.predict(finished.students(arm), test.images)
           for arm in finished.arms}
-    settings = {"min_count": c.evaluate.min_count, "draws": c.evaluate.draws}
+    settings = {key: getattr(c.evaluate, key) for key in ("min_count", "draws", "margin")}
     absent = np.bincount(test.labels, minlength=len(finished.class_names)) == 0
     scored = measures.everything(p, **settings)
     for arm, entry in scored["arms"].items():

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from finished import Finished, parser
 from shown import sheet
 
-from ddpm import eps_model, even_times, sample_ddim, sample_ddpm
+from ddpm import eps_model, even_times, sample_ddim
 from engine.augment import to_uint8
 from engine.command import one_line
 from engine.training import Noise

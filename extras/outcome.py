@@ -168,12 +168,11 @@ def predict(run: Run, splits: dict, finals: dict, reference: list, predict) -> d
         "seeds": np.arange(run.config.loop.seeds), "optimistic": np.array(list(finals)) == "leaked"}
 
 
-def end(run: Run, splits: dict, predictions: dict, made: dict, used: dict, keep, generator,
-        students: list, first_probs: np.ndarray, student, mixed, jitter: float, *,
+def end(run: Run, splits: dict, predictions: dict, made: dict, used: list, added: dict, keep,
+        generator, students: list, first_probs: np.ndarray, student, mixed, jitter: float, *,
         rounds: list, jitter_scores: dict, pseudo: dict) -> None:
     """Write all files of a finished run, and say the verdict."""
     c, buffer = run.config, io.BytesIO()
-    added = children_used(made, used)
     rounds = by_round(run, splits, rounds, made, used, predictions, student, mixed, jitter)
     np.savez_compressed(buffer, **predictions)
     run.write("predictions.npz", buffer.getvalue())
