@@ -4,11 +4,13 @@
     python benchmarks/class_n_diff.py                             # about 45 minutes on two cores
     python benchmarks/class_n_diff.py --config configs/ham10000_cpu.yaml --set data.root=PATH
 
-For every seed the plain model and both forms of extras/class_n_diff.py, with the same steps; of
-each, images from pure noise, even over classes and groups: do they show the class asked for (an
+For every seed both forms of extras/class_n_diff.py and the plain model, with the same steps: "plain"
+is the first form with its gate shut, so that its guide learns from real images alone, half of them
+clean, and neither from the other. Of each, images from pure noise, even over classes and groups: do they show the class asked for (an
 oracle on the phantom, and a judge trained on real images), how far are they from as many test
 images (Frechet distance in the critic's features), how much of these do they cover (recall)? And
-how well does each classifier do on test, and a student on real and generated images?
+how well does each classifier do on test, on every group of it (is it "fair"?), and a student on
+real and generated images?
 Writes runs/class_n_diff_NAME.json, .md and .png; one that was stopped goes on where it was.
 """
 import json
@@ -70,12 +72,11 @@ def models(path: str, overrides: list[str], seed: int) -> dict[str, Model]:
     given = configuration.load(path, overrides).ddpm
     weight = given.classifier_weight or 0.2
     trained = {}
-    for kind, own, head in (("plain", 0, "false"), ("class-n-diff", weight, "false"),
-                            ("joint head", weight, "true")):
+    for kind, share, head in (("plain", 0, "false"), ("joint head", 0, "true"),
+                              ("class-n-diff", given.classifier_probability or 0.25, "false")):
         c = configuration.load(path, [*overrides, f"loop.seed={seed}", f"ddpm.joint_head={head}",
-                                      f"ddpm.classifier_weight={own}",
-                                      # a guide trained apart takes no fewer steps
-                                      f"classifier.guide_steps={given.steps}"])
+                                      f"ddpm.classifier_weight={weight}",
+                                      f"ddpm.classifier_probability={share}"])
         folder = Path("runs") / f"class_n_diff_{Path(path).stem}_{seed}" / kind.replace(" ", "_")
         folder.mkdir(parents=True, exist_ok=True)
         run = Run(folder, c)
@@ -165,18 +166,28 @@ def diagnosis(trained: dict[str, Model], made: dict[str, data.ImageSet]) -> dict
     for name, (kind, guided) in SAMPLED.items():
         students[f"student on real and {name}"] = student(
             trained[kind], f"student_{'guided' if guided else 'added'}", made[name])
-    students[f"guide trained apart, {run.config.classifier.guide_steps} steps"] = Clean(
-        plain.generator.guide)
-    students["guide of class-n-diff"] = Clean(trained["class-n-diff"].generator.guide)
-    students["joint head"] = Clean(trained["joint head"].generator.guide)
-    found, once = {}, np.ones((len(test), 1))
+    for name, kind in (("guide of plain", "plain"), ("guide of class-n-diff", "class-n-diff"),
+                       ("joint head", "joint head")):
+        students[name] = Clean(trained[kind].generator.guide)
+
+    def scored(probs, rows):
+        of, malignant = test.subset(np.flatnonzero(rows)), np.array(test.malignant)
+        tables = evaluate.tables(probs[None, rows], of.labels, malignant, np.ones((len(of), 1)),
+                                 of.lesions, least)
+        values = {metric: tables[metric].item() for metric in METRICS}
+        return {m: None if np.isnan(value) else value for m, value in values.items()}
+    parts = {name: rows for name, rows in cells(test).items() if name not in test.class_names}
+    found = {}
     for name, network in students.items():
         probs = loop.predict(run, network, test.images)
-        tables = evaluate.tables(probs[None], test.labels, np.array(test.malignant), once,
-                                 test.lesions, least)
-        values = {metric: tables[metric].item() for metric in METRICS}
-        found[name] = {m: None if np.isnan(value) else value for m, value in values.items()}
+        found[name] = {part: scored(probs, rows) for part, rows in parts.items()}
     return found
+
+
+def gap(by_part: dict, metric: str) -> float | None:
+    """From the group with the least to the one with the most."""
+    values = [of[metric] for part, of in by_part.items() if part != "all"]
+    return None if not values or None in values else max(values) - min(values)
 
 
 def spread(values: list, factor: float = 100) -> str:
@@ -197,7 +208,8 @@ def told(found: list[dict]) -> str:
     """The tables: mean over the seeds and, in brackets, the range."""
     first, rows = found[0]["quality"], list(found[0]["quality"])
     judges = [name for name in ("oracle", "judge") if name in first["real"]]
-    parts = list(first["plain"]["recall"])[1:]
+    parts, networks = list(first["plain"]["recall"])[1:], list(found[0]["diagnosis"])
+    groups = list(found[0]["diagnosis"][networks[0]])[1:]
 
     def cell(name, measure, part="all"):
         of = [one["quality"][name].get(measure, {}) for one in found]
@@ -212,8 +224,14 @@ def told(found: list[dict]) -> str:
               name: [cell(name, measure, part) for part in parts] for name in rows
               if measure in first[name]})),
         *table("on test", [metric.replace("_", " ") for metric in METRICS], {
-            name: [spread([one["diagnosis"][name][metric] for one in found]) for metric in METRICS]
-            for name in found[0]["diagnosis"]})])
+            name: [spread([one["diagnosis"][name]["all"][metric] for one in found])
+                   for metric in METRICS] for name in networks}),
+        *(table("balanced accuracy on test", [*groups, "gap", "gap of sensitivity"], {
+            name: [*(spread([one["diagnosis"][name][g]["balanced_accuracy"] for one in found])
+                     for g in groups),
+                   *(spread([gap(one["diagnosis"][name], metric) for one in found])
+                     for metric in ("balanced_accuracy", "sensitivity"))]
+            for name in networks}) if groups else [])])
 
 
 def main() -> None:

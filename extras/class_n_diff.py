@@ -1,5 +1,6 @@
-"""Class-N-Diff, Munia & Imran 2025 (arXiv 2510.16887): the guide learns beside the diffusion model
-and teaches it in some steps; or the model itself classifies, by a head on its bottleneck."""
+"""Class-N-Diff, Munia & Imran 2025 (arXiv 2510.16887): the guide learns beside the diffusion model,
+and in some steps both learn from what that makes of a noised image; or the model itself classifies,
+by a head on its bottleneck."""
 import functools
 
 import torch
@@ -47,14 +48,15 @@ class UnetEMA(EMA):
         super().update(networks["unet"])
 
 
-def taught(guide: nn.Module, schedule: ddpm.Schedule, t: Tensor, x0_hat: Tensor,
+def taught(guide: nn.Module, schedule: ddpm.Schedule, weight: float, t: Tensor, x0_hat: Tensor,
            y: Tensor) -> Tensor:
     """Does the clean estimate show the class that the model was told? A scalar:
 
         mean of abar_t * CE(guide(x0_hat), y)
 
     abar_t, because x0_hat of a very noisy image is a blur of all. It is clipped as samplers do; a
-    withheld class counts 0."""
+    withheld class counts 0. The guide learns all of it, the diffusion model `weight` times it."""
+    x0_hat = x0_hat.detach().lerp(x0_hat, weight)       # its value, but weight times its gradient
     logits = guide(x0_hat.clamp(-1, 1), torch.zeros_like(t))
     error = F.cross_entropy(logits, y, ignore_index=-1, reduction="none")               # (B,)
     return (schedule.abar(t, x0_hat).flatten() * error).mean()
@@ -77,9 +79,9 @@ def train(networks: nn.ModuleDict, schedule: ddpm.Schedule, images: Tensor, labe
           **progress) -> list[float]:
     """Train "unet" (EMA weights are left in it) together with "guide", or with its own head where
     `networks` holds none. To the diffusion loss is added the classifier's, on other real images,
-    evenly over the classes, half of them clean. But with classifier_probability, after a tenth of
-    the steps, the guide teaches instead: classifier_weight times `taught` is added, for the
-    diffusion model alone. A head's own loss, times classifier_weight, teaches in every step."""
+    evenly over the classes, half of them clean. Once a tenth of the steps is done a gate opens:
+    with classifier_probability the guide sees the model's clean estimates in their place, and both
+    learn by `taught`. A head's loss, times classifier_weight, teaches the model in every step."""
     unet, joint = networks["unet"], "guide" not in networks
     guide = Head(unet) if joint else networks["guide"]
     ema, table = UnetEMA(unet, ema_decay), classifier.cumulative(weights)
@@ -89,19 +91,17 @@ def train(networks: nn.ModuleDict, schedule: ddpm.Schedule, images: Tensor, labe
         index = torch.randint(len(images), (batch,), generator=generator, device=images.device)
         return torch.stack([index, classifier.pick(table, batch, generator)], dim=1)     # (B, 2)
 
-    def also(*estimate):
-        return classifier_weight * taught(guide, schedule, *estimate)
+    also = functools.partial(taught, guide, schedule, classifier_weight)
 
     def loss(index, generator):
         for_unet, for_guide = index.unbind(1)
         coin = torch.rand((), generator=generator, device=images.device)
         # ema.updates is the number of this step, in a resumed run too
-        teaches = not joint and ema.updates >= steps / 10 and bool(coin < classifier_probability)
-        guide.train(not teaches).requires_grad_(not teaches)
+        gate = not joint and ema.updates >= steps / 10 and bool(coin < classifier_probability)
         x0 = random_turn(to_float(images[for_unet]), generator)
         error = ddpm.loss(unet, schedule, x0, labels[for_unet], groups[for_unet], generator,
-                          prediction=prediction, drop=drop, also=also if teaches else None)
-        if teaches:
+                          prediction=prediction, drop=drop, also=also if gate else None)
+        if gate:
             return error
         return error + (classifier_weight if joint else 1) * classifier.loss(
             guide, images, labels, jitter, noise, for_guide, generator)
@@ -109,5 +109,4 @@ def train(networks: nn.ModuleDict, schedule: ddpm.Schedule, images: Tensor, labe
     history = fit(networks, pick, loss, steps=steps, lr=lr, seed=seed, device=images.device,
                   bf16=bf16, ema=ema, record=False, **progress)       # the coin is the CPU's
     unet.load_state_dict(ema.shadow)
-    guide.requires_grad_()
     return history

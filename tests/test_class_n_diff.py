@@ -62,20 +62,43 @@ def same(one, other):
 
 # ---- who learns from which step -----------------------------------------------------------------
 
-def test_the_gradient_of_a_taught_step_reaches_the_diffusion_model_alone():
+def test_both_learn_from_the_estimate_the_diffusion_model_by_its_weight():
+    """A finite difference of the loss in one weight of the guide, and in one pixel."""
+    guide = seeded(0, Guide).double()
+    g = torch.Generator().manual_seed(2)
+    x0_hat = (0.5 * torch.randn(6, 3, 8, 8, generator=g, dtype=torch.float64)).requires_grad_()
+    t, y = torch.tensor([0, 3, 5, 9, 14, 19]), torch.tensor([0, 1, 2, -1, 0, 1])
+
+    def value(weight=0.25):
+        return class_n_diff.taught(guide, SCHEDULE, weight, t, x0_hat, y)
+    knob, wanted = guide.fc.weight, []
+    slopes = torch.autograd.grad(value(), (knob, x0_hat))
+    for place, at in ((knob, (1, 2)), (x0_hat, (1, 0, 3, 3))):
+        found = []
+        for shift in (1e-4, -1e-4):
+            with torch.no_grad():
+                place[at] += shift
+                found.append(value().item())
+                place[at] -= shift
+        wanted.append((found[0] - found[1]) / 2e-4)
+    assert slopes[0][1, 2].item() == pytest.approx(wanted[0], rel=1e-4)
+    assert slopes[1][1, 0, 3, 3].item() == pytest.approx(0.25 * wanted[1], rel=1e-4)
+    assert value(0.0).item() == value(3.0).item()
+
+
+def test_in_a_gated_step_both_move_and_at_weight_0_only_the_guide_by_it():
     networks = together()
-    before = {k: v.clone() for k, v in networks["guide"].state_dict().items()}
     one_step(networks, probability=1.0)
-    assert all(p.grad is None for p in networks["guide"].parameters())
-    assert all(torch.equal(before[k], v) for k, v in networks["guide"].state_dict().items())
-    with_teacher = networks["unet"].stem.weight.grad.clone()
+    assert all(moved(networks["guide"]))
+    with_guide = networks["unet"].stem.weight.grad.clone()
     one_step(networks, probability=1.0, weight=0.0)
-    assert not torch.equal(networks["unet"].stem.weight.grad, with_teacher)
+    assert all(moved(networks["guide"]))
+    assert not torch.equal(networks["unet"].stem.weight.grad, with_guide)
 
 
 def test_in_any_other_step_neither_learns_from_the_other():
-    """Not even by a gradient cut to length: another diffusion model leaves the guide as it is to
-    the bit, another guide the diffusion model; where it teaches, it does not."""
+    """Not even by a gradient cut to length: while the gate is shut, another diffusion model leaves
+    the guide as it is to the bit, another guide the diffusion model."""
     def trained(probability, **seeds):
         networks, start = together(**seeds), together(**seeds)
         train(networks, 8, probability)
@@ -84,8 +107,8 @@ def test_in_any_other_step_neither_learns_from_the_other():
     for probability in (0.0, 0.5):
         a, b, c = (trained(probability, **seeds) for seeds in (
             {}, {"unet_seed": 2}, {"guide_seed": 2}))
-        assert same(a["guide"], b["guide"]) and not same(a["unet"], b["unet"])
-        assert same(a["unet"], c["unet"]) == (probability == 0)
+        assert same(a["guide"], b["guide"]) == same(a["unet"], c["unet"]) == (probability == 0)
+        assert not same(a["unet"], b["unet"]) and not same(a["guide"], c["guide"])
 
 
 def test_in_any_other_step_the_guide_learns_by_its_own_loss_and_half_of_it_clean():
@@ -110,19 +133,19 @@ class Line(nn.Module):
 
 
 class Guide(nn.Module):
-    """One linear layer in place of the guide; keeps its mode in every step."""
+    """One linear layer in place of the guide; keeps in every step whether it saw estimates."""
 
     def __init__(self):
         super().__init__()
         self.fc, self.taught = nn.Linear(3 * 8 * 8, 3), []
 
     def forward(self, x, t):
-        self.taught.append(not self.training)
+        self.taught.append(x.requires_grad)
         return self.fc(x.flatten(1))
 
 
-def test_the_guide_teaches_as_often_as_asked_and_never_while_warming_up():
-    """20 trainings of 50 steps, the first five of which are the warm-up."""
+def test_the_gate_opens_as_often_as_asked_and_never_in_the_first_tenth():
+    """20 trainings of 50 steps, the first five of which see real images alone."""
     taught = []
     for seed in range(20):
         networks = nn.ModuleDict({"unet": Line(), "guide": seeded(0, Guide)})
@@ -168,7 +191,7 @@ def test_without_a_classifier_the_loss_is_the_plain_one_to_the_bit():
         return [loss, *(p.grad for p in networks["unet"].parameters() if p.grad is not None)]
     plain = found()
     guide = together()["guide"].eval()
-    zero = found(also=lambda *given: 0 * class_n_diff.taught(guide, SCHEDULE, *given))
+    zero = found(also=lambda *given: 0 * class_n_diff.taught(guide, SCHEDULE, 1.0, *given))
     assert len(plain) > 20 and all(torch.equal(a, b) for a, b in zip(plain, zero))
 
 
@@ -178,19 +201,23 @@ def test_the_loss_of_a_taught_step_by_hand(prediction):
     for name, network in networks.items():
         network.register_forward_hook(lambda m, given, out, name=name: seen.update(
             {name: [a.detach().double() for a in (*given, out)]}))
-    found, plain = (one_step(networks, probability=1.0, prediction=prediction, batch=30, weight=w)
-                    for w in (0.5, 0.0))
+    found = one_step(networks, probability=1.0, prediction=prediction, batch=30)
+    logits = seen["guide"][-1]
+    with torch.no_grad():               # all classes alike: log 3 for each
+        for p in networks["guide"].fc.parameters():
+            p.zero_()
+    even = one_step(networks, probability=1.0, prediction=prediction, batch=30)
     x_t, t, y, _, output = seen["unet"]
     abar = SCHEDULE.alphas_cumprod[t.long()][:, None, None, None]
     x0_hat = (abar.sqrt() * x_t - (1 - abar).sqrt() * output if prediction == "v" else
               (x_t - (1 - abar).sqrt() * output) / abar.sqrt())
-    shown, level, logits = seen["guide"]
+    shown, level, _ = seen["guide"]
     assert torch.allclose(shown, x0_hat.clamp(-1, 1), atol=1e-3) and not level.any()
     told = y >= 0
     assert 0 < told.sum() < 30              # a withheld class is not asked for
     error = -logits.log_softmax(1)[torch.arange(30), y.long().clamp(min=0)]
-    wanted = 0.5 * (abar.flatten() * error)[told].sum() / 30
-    assert found - plain == pytest.approx(wanted.item(), rel=1e-4)
+    wanted = (abar.flatten() * (error - np.log(3)))[told].sum() / 30
+    assert found - even == pytest.approx(wanted.item(), rel=1e-3)
 
 
 def test_noised_images_are_q_sample_and_some_stay_clean():
