@@ -69,7 +69,7 @@ def experiment(run: Run) -> None:
     splits |= external.load_made(c, splits["train"])
     splits |= estimate.doubts(c, splits)
     arms = outcome.begin(run, splits, ARMS)
-    makers = {name: arm for name, arm in arms.items() if arm.child}
+    makers = {a: arm for a, arm in arms.items() if arm.child}
     drawing = [a for a in makers if makers[a].child not in PLAIN]
     estimate.tell(run, splits["train"], arms, drawing)
 
@@ -91,12 +91,11 @@ def experiment(run: Run) -> None:
     # 5. A round: mine what fails for students that never saw it, make children, filter them.
     count = round(c.loop.added * len(train) / c.loop.rounds) or 1
     made = {name: [] for name in makers}
-    used, rounds = [], []
+    used, rounds, first = [], [], None
     for number in range(1, c.loop.rounds + 1):
         synthetic = kept(made.get("guided"), count)
         students, probs = cross_fit(run, number, train, synthetic, jitter)
-        if number == 1:
-            first = students, probs
+        first = first or (students, probs)
         if not makers:
             break
         mined = run.stage(f"mined_{number}", mine, run, train, probs,
@@ -110,12 +109,13 @@ def experiment(run: Run) -> None:
     added = children_used(made, used)
 
     # 6. Retrain: each arm from the same starts, as long, with as many added images. Then test.
-    finals = {}
-    for name, arm in arms.items():
-        images, weights = mixed(run, train, added.get(name), arm.real)
-        finals[name] = [student(run, f"student_{name}_{s}", images, weights,
-                                run.seed("student", s), jitter)
-                        for s in range(c.loop.seeds)]
+    def students_of(a):
+        images, weights = mixed(run, train, added.get(a), arms[a].real)
+        return [student(run, f"student_{a}_{s}", images, weights,
+                        run.seed("student", s), jitter)
+                for s in range(c.loop.seeds)]
+    retrained = run.shared(students_of, arms)
+    finals = dict(zip(arms, retrained))
     arrays = outcome.predict(run, splits, finals, first[0], predict)
     outcome.end(run, splits, arrays, made, used, added, keep,
                 generator, students, first[1], student, mixed, jitter,
@@ -163,18 +163,19 @@ def cross_fit(run: Run, number: int, train: ImageSet,
     """Student k learns from all folds but k, synthetic images too: a child has its parent's
     fold, so both are on one side. Returns the students, and (N, C) every training image's
     probabilities by the one that never saw its lesion."""
-    students = []
-    probs = np.zeros((len(train), len(train.class_names)), np.float32)
-    for k in range(run.config.data.folds):
+    def without(k):
         others = train.subset(train.folds != k)
         added = synthetic and synthetic.subset(synthetic.folds != k)
         images, weights = mixed(run, others, added, "labels")
-        seed = run.seed("crossfit", number, k)
-        one = student(run, f"crossfit_{number}_{k}", images,
-                      weights, seed, jitter)
+        return student(run, f"crossfit_{number}_{k}", images, weights,
+                       run.seed("crossfit", number, k), jitter)
+    folds = range(run.config.data.folds)
+    students = run.shared(without, folds)
+    shape = len(train), len(train.class_names)
+    probs = np.zeros(shape, np.float32)
+    for k, one in enumerate(students):
         unseen = train.folds == k
         probs[unseen] = predict(run, one, train.images[unseen])
-        students.append(one)
     return students, probs
 
 

@@ -4,13 +4,13 @@
     python benchmarks/class_n_diff.py                             # about 45 minutes on two cores
     python benchmarks/class_n_diff.py --config configs/ham10000_cpu.yaml --set data.root=PATH
 
-For every seed both forms of extras/class_n_diff.py and the plain model, with the same steps: "plain"
-is the first form with its gate shut, so that its guide learns from real images alone, half of them
-clean, and neither from the other. Of each, images from pure noise, even over classes and groups: do they show the class asked for (an
-oracle on the phantom, and a judge trained on real images), how far are they from as many test
-images (Frechet distance in the critic's features), how much of these do they cover (recall)? And
-how well does each classifier do on test, on every group of it (is it "fair"?), and a student on
-real and generated images?
+For every seed both forms of extras/class_n_diff.py and the plain model, with the same steps;
+"plain" is the first form with its gate shut: its guide learns from real images alone, half of them
+clean, and neither from the other. Of each, images from pure noise, even over classes and groups: do
+they show the class asked for (an oracle on the phantom, and a judge trained on real images), how
+far are they from as many test images (Frechet distance in the critic's features), how much of these
+do they cover (recall)? And how well does each classifier do on test, on every group of it (is it
+"fair"?), and a student on real and generated images?
 Writes runs/class_n_diff_NAME.json, .md and .png; one that was stopped goes on where it was.
 """
 import json

@@ -13,6 +13,7 @@ import yaml
 
 from datasets.layouts import DataError
 from engine import config as configuration
+from engine import spread
 from engine.config import Config, ConfigError, require
 from engine.run import Run, RunError, commit, locked, new_folder, write_bytes
 
@@ -79,16 +80,9 @@ def launch(experiment: Callable[[Run], None], known: dict, argv: list[str] | Non
            pool: Callable[[Path, list[Path]], None] | None = None) -> int:
     """python loop.py --config or --resume: experiment(run), and the exit status. known: see
     config.load. With --draws an experiment for each, and pool(folder, folders of the draws)."""
-    parser = Parser("loop.py", sys.modules[experiment.__module__].__doc__)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--config", help="a yaml file; the run goes to runs/<its name>")
-    which.add_argument("--resume", metavar="runs/NAME", help="go on with a run that was stopped")
-    parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
-    parser.add_argument("--name", help="the run goes to runs/NAME")
-    parser.add_argument("--draws", type=int, default=0, metavar="K", help="K draws of the data (of "
-                        "real data: splits), each a run, runs/NAME/draw-0 and so on, then pooled")
     with one_line("loop.py"):
-        arguments = parser.parse_args(argv)
+        team, parser = spread.join(), run_parser(sys.modules[experiment.__module__].__doc__)
+        arguments = parser.parse_args(["--resume", spread.told()] if team.rank else argv)
     new = arguments.resume is None
     folder = None if new else Path(arguments.resume)
     path = arguments.config if new else folder / "config.yaml"
@@ -115,19 +109,21 @@ def launch(experiment: Callable[[Run], None], known: dict, argv: list[str] | Non
         count = (folder / "draws").read_text() if (folder / "draws").is_file() else "0"
         require(count.isdecimal(), f"{folder}/draws: found {count!r}, write the number of draws")
         draws = [folder / f"draw-{k}" for k in range(int(count))]
-        with locked(folder), stoppable(folder):
+        if not team.rank:
+            spread.told(str(folder))
+        with locked(folder, team), stoppable(folder):
             torch.backends.cudnn.benchmark = not config.loop.deterministic
             if config.loop.deterministic:
                 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"       # wanted by the next line
                 torch.use_deterministic_algorithms(True)
-            for k, draw in enumerate(draws):
-                print(draw)
-                own = config.replace("data", seed=config.data.seed + k)
-                own = own.replace("loop", seed=config.loop.seed + k)
-                keep(own, draw)
-                with locked(draw), contextlib.suppress(SystemExit):     # it is finished
-                    experiment(Run(draw, own))
-            pool(folder, draws) if draws else experiment(Run(folder, config))
+            for own in draws_of(config, draws, team):
+                with locked(own.folder, own.team), contextlib.suppress(SystemExit):
+                    experiment(own)             # it ends the process if it is finished
+            team.wait()
+            if not draws:
+                experiment(Run(folder, config, team=team))
+            elif not team.rank:
+                pool(folder, draws)
         return 0
     except TROUBLE as error:
         if new and folder and not any(folder.glob("**/checkpoints/*")):
@@ -135,6 +131,32 @@ def launch(experiment: Callable[[Run], None], known: dict, argv: list[str] | Non
         lasting = folder and folder.exists() and isinstance(error, OUTSIDE)
         return last_words("loop.py", error, lasting and "; what was finished is kept, go on with: "
                           f"python loop.py --resume {folder}" or "")
+
+
+def run_parser(about: str) -> Parser:
+    """The arguments of loop.py."""
+    parser = Parser("loop.py", about)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--config", help="a yaml file; the run goes to runs/<its name>")
+    which.add_argument("--resume", metavar="runs/NAME", help="go on with a run that was stopped")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
+    parser.add_argument("--name", help="the run goes to runs/NAME")
+    parser.add_argument("--draws", type=int, default=0, metavar="K", help="K draws of the data (of "
+                        "real data: splits), each a run, runs/NAME/draw-0 and so on, then pooled")
+    return parser
+
+
+def draws_of(config: Config, folders: list[Path], team: spread.Team) -> Iterator[Run]:
+    """The runs of these draws: with as many draws as processes each by one, else all by all."""
+    numbers = range(len(folders))
+    if len(folders) >= team.size:
+        numbers, team = numbers[team.rank::team.size], spread.Team()
+    for k in numbers:
+        print(folders[k])
+        own = config.replace("data", seed=config.data.seed + k)
+        own = own.replace("loop", seed=config.loop.seed + k)
+        keep(own, folders[k])
+        yield Run(folders[k], own, team=team)
 
 
 def keep(config: Config, folder: Path) -> None:
@@ -151,7 +173,7 @@ def stoppable(folder: Path) -> Iterator[None]:
     def stop(number, _):
         line = f"\nstopped; go on with: python loop.py --resume {folder}\n"
         with contextlib.suppress(OSError):
-            os.write(2, line.encode(errors="replace"))
+            os.write(2, b"" if spread.RANK else line.encode(errors="replace"))
         os._exit(128 + number)
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -21,7 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine import spread
 from engine.config import Config, ConfigError
+from engine.spread import Team
 from engine.training import wide
 
 try:
@@ -44,10 +46,12 @@ class RunError(RuntimeError):
 class Run:
     """runs/NAME: its config, device and seeds, and what it has finished so far.
     A checkpoint of another fingerprint is not used. seconds: from one save of a training to the
-    next, so what kill -9 loses of it at most. reading: nothing of the folder is changed."""
+    next, so what kill -9 loses of it at most. reading: nothing of the folder is changed. team: of
+    several processes at work, who this is; only the first writes, but for its share of `shared`."""
 
     def __init__(self, folder: Path, config: Config, fingerprint: str = "none",
-                 seconds: float = 30, reading: bool = False):
+                 seconds: float = 30, reading: bool = False, team: Team = Team()):
+        self.team, self.sharing, self.turn = team, False, 0
         self.folder, self.config, self.fingerprint = folder, config, fingerprint
         self.seconds, self.saved = seconds, 0.0     # when a training was last saved
         self.reading, self.plan, self.pace = reading, {}, 1.0   # seconds by stage; how true so far
@@ -65,7 +69,7 @@ class Run:
         holds of another config or of other data is set aside. A finished run ends the process."""
         self.fingerprint, folder = fingerprint(self.config, splits), self.folder
         before = mapping(folder / "seen.json").get("fingerprint", self.fingerprint)
-        if before != self.fingerprint:
+        if before != self.fingerprint and not self.team.rank:
             aside = new_folder(folder, "before")
             for path in sorted(folder.iterdir(), key=lambda p: p.name == "seen.json"):
                 if path.name not in ("config.yaml", "lock") and not path.name.startswith("before"):
@@ -75,6 +79,7 @@ class Run:
         seen = {name: {"pixels": digests(s.images), "lesions": sorted({*s.lesions.tolist()})}
                 for name, s in splits.items()}
         self.write("seen.json", json.dumps({"fingerprint": self.fingerprint, **seen}))
+        self.team.wait()
         done, scored = mapping(folder / "results.json"), vars(self.config.evaluate)
         if done.get("fingerprint") == self.fingerprint and (folder / "report.html").exists() and (
                 done.get("config", {}).get("evaluate") == scored):
@@ -88,7 +93,7 @@ class Run:
             return Progress(name, done)
         place, seconds = list(self.plan).index(name) + 1, [*self.plan.values()]
         stage = f"stage {place} of {len(seconds)}, {name}"
-        return Progress(stage, done, self.pace * sum(seconds[place:]))
+        return Progress(stage, done, self.pace * sum(seconds[place:]) / self.team.size)
 
     def seed(self, *words) -> int:
         """A seed for every purpose: unrelated streams of (the run's seed, name, number, ...)."""
@@ -100,49 +105,90 @@ class Run:
 
     def log(self, event: str, **details) -> None:
         """Append one line to log.jsonl."""
+        if self.team.rank and not self.sharing:
+            return
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": now, "event": event, "step": None, **details}) + "\n")
 
     def write(self, name: str, content: bytes | str) -> None:
         """A file of the run folder, whole or absent."""
-        write_bytes(self.folder / name, content if isinstance(content, bytes) else content.encode())
+        content = content if isinstance(content, bytes) else content.encode()
+        if not self.team.rank:
+            write_bytes(self.folder / name, content)
+
+    def shared(self, work: Callable, items: Iterable) -> list:
+        """[work(item), ...], whose stages and trainings several processes share out: each does its
+        own, then all read what was done."""
+        if self.team.size > 1:
+            self.sharing = True
+            [*map(work, items)]
+            self.sharing = False
+            self.team.wait()
+        return [*map(work, items)]
+
+    def alone(self) -> None:
+        """From here on the first process goes on by itself."""
+        if self.team.rank:
+            sys.exit()
+        self.team = Team()
+
+    def asked(self, name: str, device="cpu", together=False) -> tuple[bool, dict | None]:
+        """Is it this process that does it and stores it; and what is stored already."""
+        self.turn += self.sharing
+        first = self.turn * self.sharing % self.team.size == self.team.rank
+        return first, self.load(name, device) if first or together else None
+
+    def settled(self, name: str, stored: dict | None, device="cpu") -> dict | None:
+        """What one process has stored, for all; None while another may be at it."""
+        if self.sharing:
+            return None
+        self.team.wait()
+        return stored or self.load(name, device)
 
     def stage(self, name: str, compute: Callable, *args, **settings):
         """compute(*args, **settings), done once; in a resumed run the stored result: a dict, list
         or tuple of numbers, text and arrays of numbers."""
-        begun, stored = time.monotonic(), self.load(name)
-        if stored is None:
+        begun, (first, stored) = time.monotonic(), self.asked(name)
+        if first and stored is None:
             result = compute(*args, **settings)
             stored = {"result": each(np.ndarray, result, lambda a: torch.from_numpy(a.copy()))}
             self.finish(name, stored, begun)
-        return each(torch.Tensor, stored["result"], torch.Tensor.numpy)
+        stored = self.settled(name, stored)
+        return stored and each(torch.Tensor, stored["result"], torch.Tensor.numpy)
 
     def train(self, name: str, network: torch.nn.Module, fit: Callable, *args,
-              **settings) -> torch.nn.Module:
+              together: bool = False, **settings) -> torch.nn.Module:
         """fit(network, *args, **settings) once, with bf16, state, save and on_step of training.fit
         besides; a resumed run goes on from the middle of it. Returns the network in eval mode.
-        Raises RunError naming the last good checkpoint if the loss is not finite."""
+        together: by all processes. Raises RunError naming the last good checkpoint if the loss is
+        not finite."""
         partial, begun = f"{name}.partial", time.monotonic()
-        stored = self.load(name, self.device)
-        if stored is None:
+        first, stored = self.asked(name, self.device, together)
+        if stored is None and (first or together):
             state = self.load(partial, self.device)
             progress, self.saved = self.progress(name, state["step"] if state else 0), begun
+            save = functools.partial(self.save_sometimes, partial) if first else None
+            hooks = spread.together(network, self.team) if together and self.team.size > 1 else []
             try:
-                fit(network, *args, **settings, bf16=self.bf16, state=state,
-                    save=functools.partial(self.save_sometimes, partial),
+                fit(network, *args, **settings, bf16=self.bf16, state=state, save=save,
                     on_step=functools.partial(self.tell, name, progress))
             except FloatingPointError as error:
                 good = self.path(partial) if self.path(partial).exists() else "none yet"
                 raise RunError(f"{name}: {error}; last good checkpoint: {good}") from None
+            for hook in hooks:
+                hook.remove()
             stored = {"network": network.state_dict()}
-            self.finish(name, stored, begun)
+            if first:
+                self.finish(name, stored, begun)
             progress.end()
             if self.plan.get(name) and state is None:
                 self.pace = (time.monotonic() - begun) / self.plan[name]
-        network.load_state_dict(stored["network"])
-        for old in (partial, f"{partial}.previous"):
-            self.path(old).unlink(missing_ok=True)
+        stored = self.settled(name, stored, self.device)
+        if stored:
+            network.load_state_dict(stored["network"])
+            for old in (partial, f"{partial}.previous"):
+                self.path(old).unlink(missing_ok=True)
         return network.eval()
 
     def save_sometimes(self, name: str, state: dict) -> None:
@@ -282,11 +328,12 @@ def new_folder(root: Path, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock a run until this process ends, however it does. RunError if another one has it."""
+def locked(folder: Path, team: Team = Team()) -> Iterator[None]:
+    """Lock a run until this process ends, however it does: of a team, the first. RunError if
+    another one has it."""
     with open(folder / "lock", "ab") as lock:
         try:
-            if fcntl:
+            if fcntl and not team.rank:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"{folder}: another process is at work on this run; wait for its end or "
@@ -326,6 +373,8 @@ class Progress:
         self.say(clock(time.monotonic() - self.begun))
 
     def say(self, text: str, newline: str = "\n") -> None:
+        if spread.RANK:
+            return
         with contextlib.suppress(OSError):      # nobody listens any more: no reason to end
             print(f"{self.clear}{self.stage}: {text}", end=newline, file=sys.stderr, flush=True)
 

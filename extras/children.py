@@ -79,7 +79,7 @@ def from_model(kit: Kit, parents: ImageSet, targets: np.ndarray, objectives: dic
                start: str = "") -> Drawn:
     """The parents' lesions, from `start` or, without it, guidance.start. Each batch is a stage: a
     stopped run loses one. Without groups a counterfactual is the image itself."""
-    run, c, parts = kit.run, kit.run.config.guidance, []
+    run, c = kit.run, kit.run.config.guidance
     start = start or c.start
     if start == "recoloured":
         images = recolour(kit.train, parents, targets, kit.seed)
@@ -88,12 +88,15 @@ def from_model(kit: Kit, parents: ImageSet, targets: np.ndarray, objectives: dic
         start = "parent"
     seeds = np.array([derive(kit.seed, i) for i in range(len(parents))])
     progress = run.progress(kit.name)
-    for first in range(0, len(parents), BATCH):
+
+    def batch(first):
         part = np.arange(first, min(first + BATCH, len(parents)))
-        parts.append(run.stage(f"{kit.name}_{first}", synthesise, kit.generator, kit.students,
-                               parents.subset(part), targets[part], seeds[part], c, start=start,
-                               objectives=objectives))
+        drawn = run.stage(f"{kit.name}_{first}", synthesise, kit.generator, kit.students,
+                          parents.subset(part), targets[part], seeds[part], c, start=start,
+                          objectives=objectives)
         progress(first + len(part), len(parents))
+        return drawn
+    parts = run.shared(batch, range(0, len(parents), BATCH))
     progress.end()
     images, finite, dropped = zip(*parts)
     return Drawn(np.concatenate(images), np.concatenate(finite), sum(dropped))

@@ -31,8 +31,8 @@ def guess(run, splits: dict, jitter: float, student, predict, mixed, sure: float
     if "unlabelled" not in splits:
         return train, train, {}
     rest = splits["unlabelled"]
-    teachers = [student(run, f"teacher_{s}", *mixed(run, train), run.seed("teacher", s), jitter)
-                for s in range(TEACHERS)]
+    teachers = run.shared(lambda s: student(
+        run, f"teacher_{s}", *mixed(run, train), run.seed("teacher", s), jitter), range(TEACHERS))
     votes = np.mean([predict(run, teacher, rest.images) for teacher in teachers], axis=0)
     lesion = np.unique(rest.lesions, return_inverse=True)[1]     # each has one class and one fold
     votes = np.array([np.bincount(lesion, of) / np.bincount(lesion) for of in votes.T]).T[lesion]

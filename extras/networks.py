@@ -75,7 +75,7 @@ def train_generator(run: Run, train: ImageSet, seen: ImageSet, weights: np.ndarr
         guide.eval()            # a head is no part of `networks`
     else:
         run.train("ddpm", unet, ddpm.train, schedule, x, y, g, compiled=run.config.loop.compile,
-                  **settings)
+                  together=True, **settings)
         run.train("guide", guide, classifier.train, x, y, weights, steps=k.guide_steps,
                   batch=k.batch, lr=k.lr, jitter=min(k.jitter), noise=schedule.noised,
                   seed=run.seed("guide"), names=seen.sources)
@@ -88,8 +88,8 @@ def choose_jitter(run: Run, splits: dict, student, predict) -> tuple[float, dict
     if len(strengths) == 1:
         return strengths[0], {}
     weights = classifier.balanced_weights(train.labels)
-    students = [student(run, f"jitter_{s:g}", train, weights, run.seed("jitter"), s)
-                for s in strengths]
+    students = run.shared(lambda s: student(run, f"jitter_{s:g}", train, weights,
+                                            run.seed("jitter"), s), strengths)
     scores = run.stage("jitter", lambda: {
         f"{s:g}": evaluate.balanced_accuracy(predict(run, one, val.images), val.labels)
         for s, one in zip(strengths, students)})

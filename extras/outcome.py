@@ -101,6 +101,14 @@ def by_round(run: Run, splits: dict, rounds: list, made: dict, used: dict, predi
     """The rounds of results.json: how hard the parents and children are that an arm used, and how
     its first student does on val with the images so far. rounds: of `of_round`."""
     val, entries = splits["val"], []
+
+    def after(when):
+        number, arm = when
+        so_far = children_used({arm: made[arm]}, used[:number + 1])[arm]
+        return student(run, f"round_{number + 1}_{arm}", *mixed(run, splits["train"], so_far),
+                       run.seed("student", 0), jitter)
+    times = [(number, arm) for number in range(len(rounds) - 1) for arm in made]
+    early = dict(zip(times, run.shared(after, times)))
     for number, e in enumerate(rounds):
         entry = {key: e[key] for key in ("hard out of fold", "wrong out of fold")}
         parents, children, scores = {}, {}, {}
@@ -110,11 +118,7 @@ def by_round(run: Run, splits: dict, rounds: list, made: dict, used: dict, predi
                 parents[arm] = float((e["margin"][of[number].parents[here]] < 0).mean())
                 children[arm] = float((e["children"][arm][here] < 0).mean())
             if number + 1 < len(rounds):
-                so_far = children_used({arm: of}, used[:number + 1])[arm]
-                one = student(run, f"round_{number + 1}_{arm}",
-                              *mixed(run, splits["train"], so_far),
-                              run.seed("student", 0), jitter)
-                probs = classifier.predict(one, run.tensor(val.images), run.bf16)
+                probs = classifier.predict(early[number, arm], run.tensor(val.images), run.bf16)
             else:
                 probs = predictions[f"val_probs_{arm}"][0]
             scores[arm] = balanced_accuracy(probs, val.labels)
@@ -174,6 +178,7 @@ def end(run: Run, splits: dict, predictions: dict, made: dict, used: list, added
     """Write all files of a finished run, and say the verdict."""
     c, buffer = run.config, io.BytesIO()
     rounds = by_round(run, splits, rounds, made, used, predictions, student, mixed, jitter)
+    run.alone()
     np.savez_compressed(buffer, **predictions)
     run.write("predictions.npz", buffer.getvalue())
     if "guided" in made:

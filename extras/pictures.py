@@ -11,7 +11,7 @@ from guidance import synthesise
 def draw(run: Run, name: str, picture, *args) -> None:
     """pictures/name.png = picture(*args), unless it is there or there is nothing to show (None)."""
     path = run.folder / "pictures" / f"{name}.png"
-    if not path.exists() and (drawn := picture(*args)) is not None:
+    if not run.team.rank and not path.exists() and (drawn := picture(*args)) is not None:
         save_picture(path, drawn)
 
 
