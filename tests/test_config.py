@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import loop
 from engine import config
 
 HERE = Path(__file__).parents[1]
@@ -254,16 +255,22 @@ def test_a_byte_order_mark_is_no_error(tmp_path):
     assert load("\ufeff" + DEFAULT.read_text(), tmp_path) == config.load(DEFAULT)
 
 
+def test_the_command_ends_with_one_line_and_status_2(tmp_path):
+    done = subprocess.run([sys.executable, str(HERE / "loop.py"), "--config", "absent.yaml"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("loop.py:")]
+    assert done.returncode == 2 and len(lines) == 1 and "absent.yaml" in lines[0]
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("arguments, hint", [
-    (["--config", "absent.yaml"], "absent.yaml"),
     (["--config", str(DEFAULT), "--set", "ddpm.stepz=5"], "did you mean 'steps'"),
     (["--config", str(DEFAULT), "--set", "loop.device=tpu9"], "loop.device"),
     (["--resume", "runs/absent"], "runs/absent"),
     (["--config", str(HERE / "configs/ham10000.yaml"), "--set", "data.root=absent"], "data.root"),
 ])
-def test_the_command_ends_with_one_line_and_status_2(arguments, hint, tmp_path):
-    done = subprocess.run([sys.executable, str(HERE / "loop.py"), *arguments], cwd=tmp_path,
-                          capture_output=True, text=True)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("loop.py:")]
-    assert done.returncode == 2 and len(lines) == 1 and hint in lines[0]
-    assert "Traceback" not in done.stderr
+def test_whatever_is_wrong_is_one_line(arguments, hint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert loop.main(arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("loop.py:")]
+    assert len(lines) == 1 and hint in lines[0]
