@@ -27,6 +27,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
+from engine import config as configuration
 from engine.command import Parser, one_line
 from engine.run import RunError
 
@@ -69,12 +70,13 @@ def planned(run: Path, processes: list[int], draws: int = 100) -> list[str]:
         return sum(sum(of) / n if kind == "ddpm" else sum(of) / len(of) * -(-len(of) // n)
                    if kind in SHARED else sum(of) for (kind, *_), of in seconds.items()) / 3600
     lines = [f"| processes | minutes of one draw | efficiency | hours of {draws} draws, one each | "
-             "efficiency | hours, all at every draw |", "| --- " * 6 + "|"]
+             "efficiency |", "| --- " * 5 + "|"]
+    batch = configuration.load(run / "config.yaml").ddpm.batch
     for n in processes:
         rounds = -(-draws // n)             # of draws that begin together
-        lines.append(f"| {n} | {60 * hours(n):.1f} | {hours(1) / n / hours(n):.0%} | "
-                     f"{rounds * hours(1):.1f} | {draws / n / rounds:.0%} | "
-                     f"{draws * hours(n):.1f} |")
+        one = (f"{60 * hours(n):.1f} | {hours(1) / n / hours(n):.0%}" if n <= batch else
+               f"no more than {batch} processes share a batch | ")
+        lines.append(f"| {n} | {one} | {rounds * hours(1):.1f} | {draws / n / rounds:.0%} |")
     return lines
 
 

@@ -152,8 +152,9 @@ def table(run: Run, name: str, steps: list[int], count: int, pictures: Path) -> 
                 100 * precision_recall(features, own)[1], 100 * float(nearer))
     real = judged(real.images, real.labels, extract_features(judge, run.tensor(others.images)))
     rows = [f"{device_name(run.device)}, {torch.get_num_threads()} threads, torch "
-            f"{torch.__version__}; {len(some)} images a row; real ones (one half of them to the "
-            f"other): {real[0]:.0f} %, {real[1]:.1f}, {real[2]:.0f} %, {real[3]:.0f} %.", "",
+            f"{torch.__version__}; {len(some)} images a row; of real ones, one half beside the "
+            f"other, right {real[0]:.0f} %, Frechet distance {real[1]:.1f}, recall {real[2]:.0f} "
+            f"%, nearer {real[3]:.0f} %.", "",
             f"| steps | minutes | loss | {'oracle' if phantom else 'judge'} agrees, % | "
             "Frechet distance | recall, % | nearer to train than val, % | samples |",
             "| --- " * 8 + "|"]
@@ -231,7 +232,7 @@ def mistakes(run: Run, train):
            "it tenfold", images(found), lost)
     found, lost = kept("lr_low", lr=4e-6)
     yield ("lr_low", "learning rate 4e-6", "the loss falls by so little a step that nothing is "
-           "learnt; raise it tenfold", images(found), lost)
+           "learnt; raise it, tenfold a time", images(found), lost)
     found, lost = kept("ema", decay=0.9999, warm=False)
     yield ("ema", "EMA of 10,000 steps without warm-up, in 600", "a good loss and samples of pure "
            "noise: draw with the raw weights to see it", images(found), lost)

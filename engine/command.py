@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -109,6 +110,9 @@ def launch(experiment: Callable[[Run], None], known: dict, argv: list[str] | Non
         count = (folder / "draws").read_text() if (folder / "draws").is_file() else "0"
         require(count.isdecimal(), f"{folder}/draws: found {count!r}, write the number of draws")
         draws = [folder / f"draw-{k}" for k in range(int(count))]
+        batch = config.ddpm.batch
+        require(len(draws) >= team.size or batch >= team.size,
+                f"torchrun: {team.size} processes cannot share ddpm.batch, {batch}: take fewer")
         if not team.rank:
             spread.told(str(folder))
         with locked(folder, team), stoppable(folder):
@@ -126,6 +130,7 @@ def launch(experiment: Callable[[Run], None], known: dict, argv: list[str] | Non
                 pool(folder, draws)
         return 0
     except TROUBLE as error:
+        time.sleep(5 if team.rank else 0)       # what all find wrong the first says, and ends it
         if new and folder and not any(folder.glob("**/checkpoints/*")):
             shutil.rmtree(folder, ignore_errors=True)   # made a moment ago, and nothing in it yet
         lasting = folder and folder.exists() and isinstance(error, OUTSIDE)
@@ -155,7 +160,9 @@ def draws_of(config: Config, folders: list[Path], team: spread.Team) -> Iterator
         print(folders[k])
         own = config.replace("data", seed=config.data.seed + k)
         own = own.replace("loop", seed=config.loop.seed + k)
-        keep(own, folders[k])
+        if not team.rank:
+            keep(own, folders[k])
+        team.wait()
         yield Run(folders[k], own, team=team)
 
 

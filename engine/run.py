@@ -74,7 +74,7 @@ class Run:
             for path in sorted(folder.iterdir(), key=lambda p: p.name == "seen.json"):
                 if path.name not in ("config.yaml", "lock") and not path.name.startswith("before"):
                     os.replace(path, aside / path.name)
-            self.checkpoints.mkdir()
+            self.checkpoints.mkdir(exist_ok=True)
             print(f"config or data were changed since it began; what it made is now in {aside}")
         seen = {name: {"pixels": digests(s.images), "lesions": sorted({*s.lesions.tolist()})}
                 for name, s in splits.items()}
@@ -170,6 +170,8 @@ class Run:
             progress, self.saved = self.progress(name, state["step"] if state else 0), begun
             save = functools.partial(self.save_sometimes, partial) if first else None
             hooks = spread.together(network, self.team) if together and self.team.size > 1 else []
+            if hooks:           # what a graph or a compiler holds, hooks may not reach
+                settings |= {"record": False, "compiled": False}
             try:
                 fit(network, *args, **settings, bf16=self.bf16, state=state, save=save,
                     on_step=functools.partial(self.tell, name, progress))
@@ -329,15 +331,21 @@ def new_folder(root: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path, team: Team = Team()) -> Iterator[None]:
-    """Lock a run until this process ends, however it does: of a team, the first. RunError if
-    another one has it."""
+    """Lock a run until this process ends, however it does, and the others of its team. RunError if
+    somebody else has it."""
     with open(folder / "lock", "ab") as lock:
+        if team.rank:
+            team.wait()                 # until the first has it
         try:
             if fcntl and not team.rank:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl:                   # with its team
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"{folder}: another process is at work on this run; wait for its end or "
                            "stop it") from None
+        if not team.rank:
+            team.wait()
         yield
 
 

@@ -32,9 +32,8 @@ def join() -> Team:
     if SIZE > 1:
         if RANK:
             sys.stdout = open(os.devnull, "w")
-        gpu = torch.cuda.is_available()
-        if gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if gpu := torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo",
                                 timeout=datetime.timedelta(days=7))
         atexit.register(dist.destroy_process_group)

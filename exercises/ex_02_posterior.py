@@ -9,8 +9,9 @@ At s = -1 one precision is infinite: multiply the fractions out before you write
 
 Predict first: for s = -1, the clean image (abar = 1), what are mean and variance? No algebra.
 
-Write the function. The test multiplies the two densities on a grid of 200,001 points and takes mean
-and variance of the product: no formula of the paper is in it.
+Write the function; schedule.abar(t, like) is abar_t in the shape of images, 1 at t = -1. The test
+multiplies the two densities on a grid of 200,001 points and takes mean and variance of the product:
+no formula of the paper is in it.
 
     python -m pytest exercises/test_02_posterior.py
 

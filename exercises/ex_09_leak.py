@@ -11,7 +11,9 @@ accuracy most on a data set where a quarter of the lesions were photographed twi
 Find each leak, then write the three tests at the end. A test is given a function and asserts what
 an honest one keeps; IMAGES and CHILDREN are there to try it on. It has to be green on an honest
 function, red on the one below, and red on another one, hidden, with a leak of the same kind that
-is rarer or smaller: so test the property, not this bug.
+is rarer or smaller: so test the property, not this bug. The hidden ones stand in the file that
+marks: do not open it before. Your test is better than the marks if it also fails where only val and
+test share a lesion, and where only the last fold leaks.
 
     python -m pytest exercises/test_09_leak.py
 

@@ -95,7 +95,7 @@ def count(files):
 def short_files(files):
     whole = {path: text for path, text in files.items() if path.split("/")[0] not in BESIDE}
     counts = {"the seven": (count({p: files.get(p, "") for p in METHOD}), 1650),
-              "loop.py": (count({"": files.get("loop.py", "")}), 300), "all": (count(whole), 5570)}
+              "loop.py": (count({"": files.get("loop.py", "")}), 300), "all": (count(whole), 5585)}
     return [f"{name}: {found} lines, at most {most}" for name, (found, most) in counts.items()
             if found > most]
 
@@ -162,7 +162,7 @@ BREAKS = [
     (no_import_inside, "benchmarks/speed.py", "class A:\n    def f(self):\n        import sys"),
     (only_the_seven_at_the_top, "mining.py", ""), (only_the_seven_at_the_top, "loop.py", None),
     (short_files, "loop.py", "x = 1\n" * 301), (short_files, "data.py", "x = 1\n" * 1650),
-    (short_files, "extras/plots.py", "x = 1\n" * 5570),
+    (short_files, "extras/plots.py", "x = 1\n" * 5585),
     (short_functions, "extras/report.py", LONG), (short_functions, "tests/test_x.py", LONG),
     (short_functions, "data.py", "class A:\n    def g(self):\n"
      + LONG.replace("def", "        def").replace("    x", " " * 12 + "x")),
