@@ -2,12 +2,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import data
 import loop
 from engine import config as configuration
 from engine.run import Run
 
+torch.set_num_threads(1)    # networks this small lose time to a second thread
 TINY = Path(__file__).parents[1] / "configs/tiny.yaml"
 SMALL = f"""extends: {TINY}
 data: {{train: 160, val: 60, test: 100}}
