@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,14 @@ KINDS = {"ddpm": "diffusion model", "guide": "guide", "random": "synthesis", "gu
          "noise": "synthesis"}
 
 
+def stages(run: Path) -> Iterator[tuple[list[str], float]]:
+    """The words of each finished stage's name and its seconds, from a run's log."""
+    for line in (run / "log.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        if event["event"] == "stage":
+            yield event["stage"].split("_"), event["seconds"]
+
+
 def timed(arguments, processes: int, threads: int) -> tuple[float, Counter, np.ndarray]:
     """Seconds of a whole run, its seconds by kind of stage (of all processes), and what the
     students of `real` say of test."""
@@ -50,22 +59,18 @@ def timed(arguments, processes: int, threads: int) -> tuple[float, Counter, np.n
     if status:
         raise RunError(f"{processes} processes: the run ended with status {status}")
     seconds, spent = time.monotonic() - begun, Counter()
-    for line in (Path("runs") / name / "log.jsonl").read_text().splitlines():
-        event = json.loads(line)
-        if event["event"] == "stage":
-            spent[KINDS.get(event["stage"].split("_")[0], "students")] += event["seconds"]
+    for (kind, *_), took in stages(Path("runs") / name):
+        spent[KINDS.get(kind, "students")] += took
     return seconds, spent, np.load(Path("runs") / name / "predictions.npz")["test_probs_real"]
 
 
 def planned(run: Path, processes: list[int], draws: int = 100) -> list[str]:
     """A table of a finished run: hours of one and of many draws, by so many processes."""
     seconds = {}
-    for line in (run / "log.jsonl").read_text().splitlines():
-        event = json.loads(line)
-        if event["event"] == "stage":       # jitter_0.3, crossfit_1_0, guided_1_128, student_real_0
-            kind, *rest = event["stage"].split("_")
-            group = (kind, *rest[:-1]) if kind not in ("jitter", "student") else (kind,)
-            seconds.setdefault(group, []).append(event["seconds"])
+    for (kind, *rest), took in stages(run):     # jitter_0.3, crossfit_1_0, guided_1_128
+        group = (kind, *rest[:-1]) if kind not in ("jitter", "student") else (kind,)
+        seconds.setdefault(group, []).append(took)
+
     def hours(n):
         return sum(sum(of) / n if kind == "ddpm" else sum(of) / len(of) * -(-len(of) // n)
                    if kind in SHARED else sum(of) for (kind, *_), of in seconds.items()) / 3600
