@@ -13,7 +13,7 @@ def carry(count: int, size: int, seed: int, index, groups, shot: int = 0) -> np.
     (N,): what a perfect generator would make of a parent. Returns uint8 (N, 3, size, size).
     The lesion keeps all but what skin does to it (nevi are darker on darker skin). Skin and sensor
     noise are drawn anew, by random stream `shot`."""
-    _, p = phantom._parameters(count, seed, phantom.COLLECTION, phantom.LONG_TAIL)
+    _, p = phantom._parameters(count, seed, *phantom.draw.__defaults__)
     p = {k: a[index] for k, a in p.items()}
     rng = np.random.default_rng([seed, 3 + shot])
     own, p["groups"] = p["groups"], np.asarray(groups)

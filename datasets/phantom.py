@@ -69,23 +69,24 @@ CHUNK = 2 ** 18       # picture elements painted at a time: one map is 1 MB and 
 
 
 def draw(count: int, size: int, seed: int, group_weights=COLLECTION,
-         class_weights=LONG_TAIL) -> dict:
+         class_weights=LONG_TAIL, ring=.15) -> dict:
     """`count` pictures of `size` x `size` pixels (16 to 128), the same lesions at every size; about
-    a quarter come in two views, side by side. Returns images uint8 (N, 3, size, size); labels,
-    groups, subtypes int64 (N,), indices into the names above; lesions (N,) such as "L7_00012", seed
-    first. Raises ValueError for a wrong count, size or weights."""
-    lesion_of, p = _parameters(count, seed, group_weights, class_weights)
+    a quarter in two views, side by side. ring: how many are seen through a scope's dark ring, one
+    share or (4,) by class. Returns images uint8 (N, 3, size, size); labels, groups, subtypes int64
+    (N,), indices into the names above; lesions (N,) such as "L7_00012", seed first. Raises
+    ValueError for a wrong count, size or weights."""
+    lesion_of, p = _parameters(count, seed, group_weights, class_weights, ring)
     names = np.array([f"L{seed}_{i:05d}" for i in lesion_of])
     return {"images": _photograph(p, size, np.random.default_rng([seed, 2])), "lesions": names,
             **{k: p[k] for k in ("labels", "groups", "subtypes")}}
 
 
-def collect(name: str, count: int, size: int, seed: int) -> tuple[dict, dict]:
+def collect(name: str, count: int, size: int, seed: int, **how) -> tuple[dict, dict]:
     """draw() as images.read gives it, from the stream of `name` (see DRAWS), which opens every id.
     "train" is mostly light skin, all others even over the types, like the deployment. DataError."""
     weights = COLLECTION if name == "train" else EVEN
     try:
-        arrays = draw(count, size, stream_seed(seed, name), weights)
+        arrays = draw(count, size, stream_seed(seed, name), weights, **how)
     except ValueError as error:
         raise DataError(f"data.{name} {count}, data.size {size}: {error}") from None
     arrays["lesions"] = np.array([f"{name}-{lesion}" for lesion in arrays["lesions"]])
@@ -100,7 +101,7 @@ def stream_seed(seed: int, name: str) -> int:
     return int(np.random.SeedSequence(seed).spawn(stream + 1)[stream].generate_state(1)[0])
 
 
-def _parameters(count, seed, group_weights, class_weights):
+def _parameters(count, seed, group_weights, class_weights, ring):
     """All that `count` pictures show: the lesion on each, (N,), and a dict of arrays (N, ...)."""
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
@@ -120,7 +121,7 @@ def _parameters(count, seed, group_weights, class_weights):
     subtypes = (lesion_rng.random((n, 1)) * cdf[:, -1:] >= cdf).sum(1)
     truth = {"labels": labels, "groups": groups, "subtypes": subtypes}
     p = {k: a[lesion_of] for k, a in (truth | _draw_lesions(lesion_rng, **truth)).items()}
-    return lesion_of, p | _draw_views(view_rng, p["groups"])
+    return lesion_of, p | _draw_views(view_rng, p["groups"], np.broadcast_to(ring, 4)[p["labels"]])
 
 
 def _photograph(p, size, noise_rng):
@@ -200,7 +201,7 @@ def _draw_trees(rng, n, radius):
     return np.stack([x, y, angle, length, bend, width], 2)
 
 
-def _draw_views(rng, groups):
+def _draw_views(rng, groups, ring):
     """How each picture was taken: n sets of pose, hairs, light, blur, noise; float32 (n, ...)."""
     n, hairs, dark = len(groups), 4, groups[:, None] / 5
     v = {"turn": rng.uniform(0, 2 * np.pi, n), "shift": rng.normal(0, .10, (n, 2)),
@@ -215,7 +216,7 @@ def _draw_views(rng, groups):
     v["light"] = rng.normal(0, .07, (n, 2))
     v["exposure"] = np.exp(rng.normal(0, .07, (n, 1)) + rng.normal(0, .025, (n, 3)))
     v["vignette"] = rng.uniform(.02, .20, n)
-    v["tube"] = np.where(rng.random(n) < .15, rng.uniform(1.08, 1.25, n), 9)   # the scope's ring
+    v["tube"] = np.where(rng.random(n) < ring, rng.uniform(1.08, 1.25, n), 9)   # the scope's ring
     v["blur"], v["noise"] = rng.uniform(0, 1, n), rng.uniform(.010, .028, n)
     return {name: np.asarray(a, np.float32) for name, a in v.items()}
 

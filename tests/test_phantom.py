@@ -150,6 +150,19 @@ def test_views_of_a_lesion_agree_in_truth_and_differ_in_pixels():
         assert np.abs(d["images"][i].astype(int) - d["images"][i + 1]).mean() > 2
 
 
+def test_a_scopes_ring_goes_with_a_class_if_told_to_and_changes_nothing_else():
+    """Its share by class, within four standard errors; where there is one, dark corners alone."""
+    bare, tied = (draw(1500, 16, 4, EVEN, EVENLY, ring) for ring in (0, (.05, .5, 0, .95)))
+    assert all((bare[k] == tied[k]).all() for k in ("labels", "groups", "subtypes", "lesions"))
+    seen = (bare["images"] != tied["images"]).any((1, 2, 3))
+    for label, share in enumerate((.05, .5, 0, .95)):
+        of = tied["labels"] == label
+        assert abs(seen[of].mean() - share) <= 4 * (share * (1 - share) / of.sum()) ** .5
+    corner, middle = (np.index_exp[:, :, a, a] for a in (0, 8))
+    assert (tied["images"][corner][seen] < .35 * bare["images"][corner][seen] + 8).all()
+    assert np.abs(tied["images"][middle].astype(int) - bare["images"][middle])[seen].max() <= 1
+
+
 @pytest.mark.parametrize("size", [16, 31, 64, 128])
 def test_same_lesions_at_every_size(size):
     """Averaged down to 8 pixels, where noise is small, a draw looks like the draw at 32 pixels."""
