@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import evaluate
+from datasets import phantom
+from engine import config as configuration
 from extras import measures
 
 HERE = Path(__file__).resolve().parents[1]
@@ -105,6 +108,75 @@ def test_sensitivity_of_the_survey_is_the_report_s():
     assert set(found) == set(survey.METRICS)
     for (subset, metric), table in found.items():
         assert table.mean() == pytest.approx(test[subset][metric]["value"], abs=1e-6)
+
+
+def test_a_planted_shortcut_goes_with_melanoma_but_not_in_test():
+    """Shares within four standard errors; the ring is found in the pixels alone, in every one."""
+    import shortcut
+    c = configuration.load(configuration.DEFAULTS, [
+        "data.size=16", "data.train=400", "data.val=200", "data.test=400"]).data
+    splits, rings = shortcut.planted(c, 0.9)
+    for name, s in splits.items():
+        bare, _ = phantom.collect(name, len(s), 16, c.seed, ring=0)
+        assert (rings[name] == (s.images != bare["images"]).any((1, 2, 3))).all()
+        sick = s.labels == s.class_names.index("mel")
+        for of, share in ((sick, 0.9), (~sick, 0.1)):
+            share = 0.5 if name == "test" else share
+            error = (share * (1 - share) / of.sum()) ** 0.5
+            assert abs(rings[name][of].mean() - share) <= 4 * error
+
+
+def test_the_shortcut_s_stronger_augmentation():
+    """A crop of a ramp is a flatter ramp; MixUp's loss is that of the mixed labels."""
+    import shortcut
+    generator = torch.Generator().manual_seed(0)
+    ramp = torch.linspace(-1, 1, 32).expand(50, 3, 32, 32)
+    inner = shortcut.crop(ramp, generator)[:, :, :, 2:-2]
+    assert torch.allclose(inner, inner[:, :1, :1].expand_as(inner), atol=1e-5)
+    slope = inner.diff(dim=-1)[:, 0, 0] * 31 / 2
+    assert torch.allclose(slope, slope[:, :1].expand_as(slope), atol=1e-4)
+    assert slope.min() > 0.49 and slope.max() < 1.01 and slope.std() > 0.1
+
+    plain = torch.tensor([[10], [200], [90]]).expand(3, 3 * 64).view(3, 3, 8, 8).byte()
+    labels, network = torch.tensor([0, 3, 1]), torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(3 * 64, 4))
+    found = shortcut.augmented("mixup", network, plain, labels, 0.0, torch.arange(3),
+                               generator.manual_seed(1))
+    torch.rand(3, 3, generator=generator.manual_seed(1))        # the turns, and a shift
+    torch.randint(3, (2, 3, 1, 1), generator=generator)
+    share = torch.rand(3, 1, generator=generator)
+    x, target = plain.flatten(1) / 127.5 - 1, torch.eye(4)[labels]
+    mixed, wanted = (share * a + (1 - share) * a.flip(0) for a in (x, target))
+    log_p = network(mixed.view(3, 3, 8, 8)).log_softmax(1)
+    assert found.item() == pytest.approx(-(wanted * log_p).sum(1).mean().item(), abs=1e-6)
+
+
+def test_the_shortcut_s_trial(capsys):
+    """As many images in every arm, told ones by themselves; nothing is trained twice."""
+    import shortcut
+    small = [f"--set={key}" for key in (
+        "data.size=16", "data.train=200", "data.val=60", "data.test=60", "unet.width=16",
+        "ddpm.steps=2", "ddpm.batch=8", "classifier.batch=8", "classifier.steps=2",
+        "guidance.steps=2", "loop.seeds=1")]
+    arguments = ["--draws", "7", "--rate", "0.7", *small, "--arms", "replay@0.3", "guided@0.3",
+                 "guided@0.1", "guided_told@0.3"]
+    for _ in range(2):
+        shortcut.main(arguments)
+        said = capsys.readouterr().out
+    assert "/2, " not in said                       # no step of a training
+    ours, told = (ast.literal_eval(line.split(": ", 1)[1]) for line in said.splitlines()
+                  if line.startswith("added, of 60"))
+    assert ours == dict.fromkeys(("guided", "replay"), 60)
+    assert [*told] == ["guided_told"] and 0 < told["guided_told"] <= 60
+    rows = Path("runs/shortcut/table.md").read_text().splitlines()
+    assert [row.split(" | ")[0] for row in rows[2:]] == [
+        f"| {name}" for name in (*shortcut.CONTROLS, *arguments[-4:])]
+    for wrong in (["--arms", "guided@2"], ["--rate", "nan"], ["--against", "x"],
+                  ["--rate", "1"], ["--set=loop.rounds=2", "--arms", "replay@0.3"]):
+        with pytest.raises(SystemExit) as stopped:
+            shortcut.main(["--draws", "8", *small, *wrong])
+        assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    assert not [*Path("runs/shortcut/draw-8").glob("checkpoints/*")]
 
 
 def test_what_you_should_see_writes_its_table_between_its_marks(tmp_path, monkeypatch, capsys):
