@@ -76,7 +76,7 @@ def test_a_carried_lesion_stays_itself_on_the_other_skin(monkeypatch):
     apart = np.abs(same[:, None, ::2].astype(int) - d["images"][None, :, ::2]).mean((2, 3, 4))
     assert (apart.argmin(1) == index).mean() > 0.9
     # On the other skin its border is that of a lesion drawn there.
-    drawn = draw(1200, 32, 5, EVEN)
+    drawn = draw(480, 32, 5, EVEN)
     for g in range(6):
         ours, theirs = border(carried)[there == g], border(drawn["images"])[drawn["groups"] == g]
         assert len(ours) == 0 or np.abs(ours.mean(0) - theirs.mean(0)).max() < 0.08
@@ -152,7 +152,7 @@ def test_views_of_a_lesion_agree_in_truth_and_differ_in_pixels():
 
 def test_a_scopes_ring_goes_with_a_class_if_told_to_and_changes_nothing_else():
     """Its share by class, within four standard errors; where there is one, dark corners alone."""
-    bare, tied = (draw(1500, 16, 4, EVEN, EVENLY, ring) for ring in (0, (.05, .5, 0, .95)))
+    bare, tied = (draw(800, 16, 4, EVEN, EVENLY, ring) for ring in (0, (.05, .5, 0, .95)))
     assert all((bare[k] == tied[k]).all() for k in ("labels", "groups", "subtypes", "lesions"))
     seen = (bare["images"] != tied["images"]).any((1, 2, 3))
     for label, share in enumerate((.05, .5, 0, .95)):
