@@ -13,6 +13,7 @@ import torch
 import evaluate
 from datasets import phantom
 from engine import config as configuration
+from engine.training import Noise
 from extras import measures
 
 HERE = Path(__file__).resolve().parents[1]
@@ -23,6 +24,7 @@ SCRIPTS = sorted(BENCHMARKS.glob("*.py"))
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(HERE / "examples"))
     monkeypatch.syspath_prepend(str(BENCHMARKS))    # as when one is run
 
 
@@ -177,6 +179,37 @@ def test_the_shortcut_s_trial(capsys):
             shortcut.main(["--draws", "8", *small, *wrong])
         assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     assert not [*Path("runs/shortcut/draw-8").glob("checkpoints/*")]
+
+
+def test_the_diffusion_model_as_a_classifier(tiny, capsys):
+    """The error in eps is abar times that in the velocity, which the network predicts; val chooses
+    the weights under which errors tell the class."""
+    import generative_classifier as generative
+    from finished import Finished
+    of = Finished(tiny)
+    splits = of.splits()
+    generator, some = of.generator(splits["train"]), splits["val"].subset([0, 1])
+    found = generative.errors(of, generator, some, 1, True, 0)          # (weights, N, C)
+    unet, _, schedule, *_ = generator
+    t = torch.full((2,), round(0.95 * schedule.T))
+    eps = Noise(of.run.seed("errors", 0) + np.arange(2))(3, *some.images.shape[2:])
+    x0 = torch.tensor(some.images) / 127.5 - 1
+    a = schedule.alphas_cumprod[t[0]].item()
+    for c in range(len(some.class_names)):
+        with torch.no_grad():
+            v = unet(a ** 0.5 * x0 + (1 - a) ** 0.5 * eps, t, torch.full_like(t, c),
+                     torch.tensor(some.groups))
+        wrong = (v - (a ** 0.5 * eps - (1 - a) ** 0.5 * x0)).square().mean((1, 2, 3)).numpy()
+        for k, share in enumerate((a, 1, 1 - a)):                       # eps, v, x0
+            assert found[k, :, c] == pytest.approx(share * wrong, rel=0.05)
+
+    labels, rng = np.arange(60) % 3, np.random.default_rng(0)
+    blind = rng.random((60, 3))
+    told = np.where(np.arange(3) == labels[:, None], 0.5, 0.6) + 0.1 * rng.random((60, 3))
+    name, probs = generative.chosen(np.stack([blind, told, blind]), labels)
+    assert name == "v" and (probs(np.stack([blind, told, blind])).argmax(1) == labels).mean() > 0.8
+    generative.main([str(tiny), "--images", "20", "--levels", "1"])
+    assert capsys.readouterr().out.count("| diffusion model, group ") == 4
 
 
 def test_what_you_should_see_writes_its_table_between_its_marks(tmp_path, monkeypatch, capsys):
