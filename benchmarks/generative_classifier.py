@@ -22,7 +22,7 @@ from ddpm import eps_model
 from engine.augment import to_float
 from engine.command import Parser, one_line
 from engine.config import require
-from engine.run import Progress
+from engine.run import Progress, Run
 from engine.training import Noise
 from extras import report
 from finished import Finished
@@ -33,17 +33,17 @@ WEIGHTS = {"eps": lambda abar: abar ** 0, "v": lambda abar: 1 / abar,
            "x0": lambda abar: (1 - abar) / abar}
 
 
-def errors(of: Finished, generator, images, levels: int, told: bool, seed: int) -> np.ndarray:
-    """(N, C, levels): the mean squared error in eps of each image told each class."""
+def errors(run: Run, generator, images, levels: int, told: bool, seed: int) -> np.ndarray:
+    """(weights, N, C): the mean squared error over the levels of each image told each class."""
     unet, _, schedule, prediction, bf16 = generator
     times = np.linspace(0, 0.95 * schedule.T, levels + 1).round().astype(int)[1:]
     classes, found = len(images.class_names), []
     progress = Progress(f"{'told' if told else 'withheld'}, {len(images)} images")
     for first in range(0, len(images), BATCH):
         part = images.subset(np.arange(first, min(first + BATCH, len(images))))
-        x0, groups = to_float(of.run.tensor(part.images)), of.run.tensor(part.groups)
+        x0, groups = to_float(run.tensor(part.images)), run.tensor(part.groups)
         g = groups if told else torch.full_like(groups, -1)
-        noise = Noise(of.run.seed("errors", seed) + first + np.arange(len(part)), x0.device)
+        noise = Noise(run.seed("errors", seed) + first + np.arange(len(part)), x0.device)
         of_part = np.zeros((len(part), classes, levels))
         for k, time in enumerate(times):
             t = torch.full((len(part),), int(time), device=x0.device)
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         arms = {"students": votes["test"]}
         for told in (True, False) if splits["val"].group_names else (False,):
             name = f"diffusion model, group {'told' if told else 'withheld'}"
-            val, test = (errors(of, generator, images, arguments.levels, told, seed)
+            val, test = (errors(of.run, generator, images, arguments.levels, told, seed)
                          for seed, images in enumerate((splits["val"],
                                                         splits["test"].subset(some))))
             weight, probs = chosen(val, labels)

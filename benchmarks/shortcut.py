@@ -44,6 +44,7 @@ from extras import measures, networks
 from extras.children import (
     REASONS, Candidates, Kit, children_used, copied, from_model, from_noise, recoloured)
 from extras.draws import over_draws
+from generative_classifier import chosen, errors
 from guidance import Drawn
 
 SETTINGS = [
@@ -167,18 +168,18 @@ class Trial(NamedTuple):
         return self.rings["train"] != (train.labels == train.class_names.index("mel"))
 
 
-def scores(trial: Trial, network) -> dict:
-    """MEASURES on val and test; AUROC: the mean over the classes, each against the others; the
-    worst cell: the least recall of a class with or without a ring."""
+def scores(trial: Trial, probs: dict) -> dict:
+    """MEASURES on val and test, of probabilities (N, C) by split. AUROC: the mean over the classes,
+    each against the others; the worst cell: the least recall of a class with or without a ring."""
     found = {}
     for name in ("val", "test"):
         s, ring = trial.splits[name], trial.rings[name]
-        probs, one = loop.predict(trial.run, network, s.images), np.ones((len(s), 1))
-        right, classes = probs.argmax(1) == s.labels, range(len(s.class_names))
-        areas = [evaluate.auroc(probs[:, c], s.labels == c, one)[0] for c in classes]
+        p, one, classes = probs[name], np.ones((len(s), 1)), range(len(s.class_names))
+        right = p.argmax(1) == s.labels
+        areas = [evaluate.auroc(p[:, c], s.labels == c, one)[0] for c in classes]
         cells = [right[(s.labels == c) & (ring == r)] for c in classes for r in (False, True)]
         found[name] = dict(zip(MEASURES, (
-            evaluate.balanced_accuracy(probs, s.labels), float(np.mean(areas)),
+            evaluate.balanced_accuracy(p, s.labels), float(np.mean(areas)),
             float(min(cell.mean() for cell in cells if len(cell))))))
     return found
 
@@ -195,8 +196,21 @@ def trained(trial: Trial, name: str, images, weights, loss: str = "") -> list[di
         return run.train(key, networks.new_resnet(run, images, seed), train_augmented, *arrays,
                          kind=loss, steps=k.steps, batch=k.batch, lr=k.lr, jitter=min(k.jitter),
                          seed=seed)
-    return [run.stage(f"scores_{name}_{s}", lambda: scores(trial, fresh(s)))
-            for s in range(run.config.loop.seeds)]
+
+    def scored(s):
+        network = fresh(s)
+        return scores(trial, {split: loop.predict(run, network, trial.splits[split].images)
+                              for split in ("val", "test")})
+    return [run.stage(f"scores_{name}_{s}", scored, s) for s in range(run.config.loop.seeds)]
+
+
+def generative(trial: Trial, generator) -> list[dict]:
+    """The scores of the diffusion model as a classifier (generative_classifier.py)."""
+    splits = [trial.splits[split] for split in ("val", "test")]
+    found = [trial.run.stage(f"errors_{seed}", errors, trial.run, generator, images, 16, False,
+                             seed) for seed, images in enumerate(splits)]
+    _, probs = chosen(found[0], splits[0].labels)
+    return [scores(trial, {"val": probs(found[0]), "test": probs(found[1])})]
 
 
 def controls(trial: Trial, probs: np.ndarray) -> dict:
@@ -265,8 +279,8 @@ def added_by(trial: Trial, generator, arms: list[str]) -> tuple[dict, np.ndarray
     return children_used(made, used), first
 
 
-def experiment(run: Run, rate: float, arms: list[tuple[str, float]]) -> dict:
-    """One draw: {what was done: scores of its students}."""
+def experiment(run: Run, rate: float, arms: list[tuple[str, float]], also: bool) -> dict:
+    """One draw: {what was done: scores of its students}. also: the diffusion model's own."""
     c, (splits, rings) = run.config, planted(run.config.data, rate)
     run.fingerprint = fingerprint(c, splits)
     trial, train = Trial(run, splits, rings), splits["train"]
@@ -279,7 +293,7 @@ def experiment(run: Run, rate: float, arms: list[tuple[str, float]]) -> dict:
         other = Run(run.folder, c.replace("loop", share=share), run.fingerprint)
         found[f"{name}@{share:g}"] = trained(trial, f"{name}@{share:g}",
                                              *loop.mixed(other, train, added[name]))
-    return found
+    return found | ({"diffusion model": generative(trial, generator)} if also else {})
 
 
 def table(draws: list[dict], against: str) -> str:
@@ -318,6 +332,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     parser.add_argument("--name", default="shortcut")
     parser.add_argument("--against", default="real", help="what the table's gains are over")
+    parser.add_argument("--generative", action="store_true", help="the diffusion model, too: 6 "
+                        "minutes a draw")
     parser.add_argument("--arms", nargs="+", metavar="ARM@SHARE", default=DEFAULT)
     arguments = parser.parse_args(argv)
     with one_line("shortcut.py"):
@@ -338,7 +354,8 @@ def main(argv: list[str] | None = None) -> None:
             folder.parent.mkdir(parents=True, exist_ok=True)
             keep(c, folder)
             with locked(folder):
-                found.append(experiment(Run(folder, c), arguments.rate, arms))
+                found.append(experiment(Run(folder, c), arguments.rate, arms,
+                                        arguments.generative))
             write_bytes(folder / "scores.json", (json.dumps(found[-1], indent=1) + "\n").encode())
             write_bytes(folder.parent / "table.md", table(found, arguments.against).encode())
             print(table(found, arguments.against), flush=True)

@@ -157,11 +157,12 @@ def test_the_shortcut_s_trial(capsys):
     """As many images in every arm, told ones by themselves; nothing is trained twice."""
     import shortcut
     small = [f"--set={key}" for key in (
-        "data.size=16", "data.train=200", "data.val=60", "data.test=60", "unet.width=16",
+        "data.size=16", "data.train=200", "data.val=40", "data.test=40", "unet.width=16",
+        "unet.multipliers=[1, 2]",
         "ddpm.steps=2", "ddpm.batch=8", "classifier.batch=8", "classifier.steps=2",
         "guidance.steps=2", "loop.seeds=1")]
     arguments = ["--draws", "7", "--rate", "0.7", *small, "--arms", "replay@0.3", "guided@0.3",
-                 "guided@0.1", "guided_told@0.3"]
+                 "guided@0.1", "guided_told@0.3", "--generative"]
     for _ in range(2):
         shortcut.main(arguments)
         said = capsys.readouterr().out
@@ -172,7 +173,7 @@ def test_the_shortcut_s_trial(capsys):
     assert [*told] == ["guided_told"] and 0 < told["guided_told"] <= 60
     rows = Path("runs/shortcut/table.md").read_text().splitlines()
     assert [row.split(" | ")[0] for row in rows[2:]] == [
-        f"| {name}" for name in (*shortcut.CONTROLS, *arguments[-4:])]
+        f"| {name}" for name in (*shortcut.CONTROLS, *arguments[-5:-1], "diffusion model")]
     for wrong in (["--arms", "guided@2"], ["--rate", "nan"], ["--against", "x"],
                   ["--rate", "1"], ["--set=loop.rounds=2", "--arms", "replay@0.3"]):
         with pytest.raises(SystemExit) as stopped:
@@ -189,7 +190,7 @@ def test_the_diffusion_model_as_a_classifier(tiny, capsys):
     of = Finished(tiny)
     splits = of.splits()
     generator, some = of.generator(splits["train"]), splits["val"].subset([0, 1])
-    found = generative.errors(of, generator, some, 1, True, 0)          # (weights, N, C)
+    found = generative.errors(of.run, generator, some, 1, True, 0)          # (weights, N, C)
     unet, _, schedule, *_ = generator
     t = torch.full((2,), round(0.95 * schedule.T))
     eps = Noise(of.run.seed("errors", 0) + np.arange(2))(3, *some.images.shape[2:])
