@@ -56,14 +56,12 @@ def errors(run: Run, generator, images, levels: int, told: bool, seed: int) -> n
         found.append(of_part)
         progress(first + len(part), len(images))
     progress.end()
-    abar = schedule.alphas_cumprod[times].cpu().numpy()
-    return np.stack([(np.concatenate(found) * weight(abar)).mean(2)
-                     for weight in WEIGHTS.values()])       # (weights, N, C)
+    abar, square = schedule.alphas_cumprod[times].cpu().numpy(), np.concatenate(found)
+    return np.stack([(square * weight(abar)).mean(2) for weight in WEIGHTS.values()])
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
+    return torch.tensor(x).softmax(-1).numpy()
 
 
 def chosen(val: np.ndarray, labels: np.ndarray):

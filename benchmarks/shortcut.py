@@ -40,7 +40,7 @@ from engine.command import Parser, keep, one_line
 from engine.config import require
 from engine.run import Run, fingerprint, locked, write_bytes
 from engine.training import fit
-from extras import measures, networks
+from extras import measures, networks, outcome
 from extras.children import (
     REASONS, Candidates, Kit, children_used, copied, from_model, from_noise, recoloured)
 from extras.draws import over_draws
@@ -236,16 +236,14 @@ def candidates(kit: Kit, arm: loop.Arm, mined, too_near: float) -> Candidates:
     return loop.make(kit, arm, judged, *loop.parents_for(kit, arm, mined, {}, []))
 
 
-def say(trial: Trial, students: list, wrong: np.ndarray, name: str, m: Candidates) -> None:
-    """Print what became of an arm's parents."""
-    s, fooled = m.children, np.zeros(len(m.children), bool)
-    for k, one in enumerate(students):
-        of = s.folds == k
-        fooled[of] = loop.predict(trial.run, one, s.images[of]).argmax(1) != s.labels[of]
+def say(trial: Trial, name: str, m: Candidates, said: dict) -> None:
+    """Print what became of an arm's parents. said: of outcome.of_round."""
+    s = m.children
     ring, sick = shows_ring(s.images), s.labels == s.class_names.index("mel")
     print(f"  {name}: against the shortcut {trial.against[m.parents].mean():.0%} of the parents, "
           f"{(ring != sick).mean():.0%} of the children; wrong out of fold "
-          f"{wrong[m.parents].mean():.0%} and {fooled.mean():.0%}; near-copies "
+          f"{(said['margin'][m.parents] < 0).mean():.0%} and "
+          f"{(said['children'][name] < 0).mean():.0%}; near-copies "
           f"{(m.rejected_by > 0).mean():.0%}", flush=True)
 
 
@@ -260,19 +258,22 @@ def added_by(trial: Trial, generator, arms: list[str]) -> tuple[dict, np.ndarray
     for number in range(1, c.loop.rounds + 1):
         synthetic, candidate = loop.kept(made.get("guided"), count), round(count * c.loop.surplus)
         students, probs = loop.cross_fit(run, number, train, synthetic, min(c.classifier.jitter))
-        first, wrong = probs if first is None else first, data.margins(probs, train) < 0
+        first = probs if first is None else first
         mined = run.stage(f"mined_{number}", loop.mine, run, train, probs, candidate, synthetic,
                           number)
         told = data.hard_parents(against, train, candidate, run.seed("told", number))
         told = told, data.other_groups(train.subset(told), run.seed("told", number))
-        print(f"round {number}: {wrong.mean():.1%} wrong out of fold; against the shortcut: "
-              f"{trial.against.mean():.1%} of train, {trial.against[wrong].mean():.0%} of these")
         for name in arms:
             kit = Kit(run, f"{name}_{number}", run.seed("children", number), train, generator,
                       students, number)
             parents = told if name.endswith("_told") else mined
             made[name].append(candidates(kit, ARMS[name], parents, too_near))
-            say(trial, students, wrong, name, made[name][-1])
+        said = outcome.of_round(run, train, probs, students, made)
+        wrong = said["margin"] < 0
+        print(f"round {number}: {wrong.mean():.1%} wrong out of fold; against the shortcut: "
+              f"{trial.against.mean():.1%} of train, {trial.against[wrong].mean():.0%} of these")
+        for name in arms:
+            say(trial, name, made[name][-1], said)
         used.append({})
         for some in filter(None, makers):
             used[-1] |= loop.as_many_each(some, {a: made[a] for a in some}, count)
@@ -357,8 +358,9 @@ def main(argv: list[str] | None = None) -> None:
                 found.append(experiment(Run(folder, c), arguments.rate, arms,
                                         arguments.generative))
             write_bytes(folder / "scores.json", (json.dumps(found[-1], indent=1) + "\n").encode())
-            write_bytes(folder.parent / "table.md", table(found, arguments.against).encode())
-            print(table(found, arguments.against), flush=True)
+            text = table(found, arguments.against)
+            write_bytes(folder.parent / "table.md", text.encode())
+            print(text, flush=True)
 
 
 if __name__ == "__main__":
