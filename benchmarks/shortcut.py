@@ -2,23 +2,27 @@
 
     python benchmarks/shortcut.py --draws 100 101 102 103        # 20 minutes a draw on one core
     python benchmarks/shortcut.py --draws 100 101 102 103 --against replay@0.15     # at once, then
-    python benchmarks/shortcut.py --photographs PATH    # HAM10000's own dark corners, by class
+    python benchmarks/shortcut.py --draws 100 --photographs PATH        # the same on HAM10000
+    python benchmarks/shortcut.py --photographs PATH        # its own dark corners, by class
 
-On the phantom the dark ring of a scope goes with the melanomas: --rate of them have it in train and
-val, and of the other classes the rest; in test half of every class. So a student may look at the
-ring instead of the lesion, and fail on the images that speak against it. Nobody is told which have
-a ring. Hard cases are mined out of fold; no judge (it learnt the shortcut too) and no class
-guidance. --arms: ARM@SHARE, an arm of the table ARMS and its share of a batch; as many images of
-every class and group in each. Arms that end in `told` mine all that speaks against the shortcut,
-as nobody could: fewer images, as many of a class in each of these. Beside them, without added
-images: stronger augmentation (random crops, MixUp), images drawn as often as their out-of-fold loss
-says within their class, and `balanced, told`: even over class and ring.
+The dark ring of a scope, or --artefact scope (nearer, and less sharp), goes with the melanomas:
+--rate of them show it in train and val, and of the other classes the rest; in test half of every
+class. So a student may look at the ring instead of the lesion, and fail on the images that speak
+against it. Nobody is told which show it. Hard cases are mined out of fold, with --stop by students
+that are stopped early; no judge (it learnt the shortcut too) and no class guidance.
+--arms: ARM@SHARE, an arm of the table ARMS and its share of a batch; as many images of every class
+and group in each. Arms that end in `told` mine all that speaks against the shortcut, as nobody
+could: fewer images, as many of a class in each of these. Beside them, without added images:
+stronger augmentation (random crops, MixUp), images drawn as often as their out-of-fold loss says
+within their class, and `balanced, told`: even over class and ring.
 What was asked beforehand and what came out: docs/regimes.md. Writes runs/NAME/draw-K/scores.json
 and runs/NAME/table.md; a stopped one goes on where it was.
 """
 import json
 import re
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -57,16 +61,48 @@ MEASURES = "balanced accuracy", "auroc", "worst cell"
 
 # ---- the images ------------------------------------------------------------------------------
 
-def planted(c, rate: float) -> tuple[dict, dict]:
-    """The splits, and which images of each show the ring, (N,) bool. c: the section `data`."""
-    tied = np.where(np.array(phantom.CLASS_NAMES) == "mel", rate, 1 - rate)
-    splits = {}
-    for name in ("train", "val", "test"):
-        arrays, names = phantom.collect(name, getattr(c, name), c.size, c.seed,
-                                        ring=0.5 if name == "test" else tied)
-        splits[name] = data.ImageSet(**arrays, **names, folds=None)
-    splits["train"] = data.add_folds(splits["train"], c.folds, c.seed)
-    return splits, {name: shows_ring(s.images) for name, s in splits.items()}
+def planted(c, rate: float, artefact: str = "ring", cache=None) -> tuple[dict, dict]:
+    """The splits, and which images of each show the artefact, (N,) bool. c: the section `data`.
+    The phantom draws its ring itself; anything else is done to finished images."""
+    if c.kind == "phantom" and artefact == "ring":
+        tied, splits = shares(phantom.CLASS_NAMES, rate), {}
+        for name, share in tied.items():
+            arrays, names = phantom.collect(name, getattr(c, name), c.size, c.seed, ring=share)
+            splits[name] = data.ImageSet(**arrays, **names, folds=None)
+        splits["train"] = data.add_folds(splits["train"], c.folds, c.seed)
+        return splits, {name: shows_ring(s.images) for name, s in splits.items()}
+    splits, shown = data.load(c, cache), {}
+    for i, (name, s) in enumerate(splits.items()):
+        rng, images = np.random.default_rng([c.seed, 20 + i]), s.images.copy()
+        shown[name] = rng.random(len(s)) < shares(s.class_names, rate)[name][s.labels]
+        images[shown[name]] = ARTEFACTS[artefact](images[shown[name]], rng)
+        splits[name] = replace(s, images=images)
+    return splits, shown
+
+
+def shares(classes, rate: float) -> dict[str, np.ndarray]:
+    """By split, which share of each class, (C,), is to show the artefact."""
+    tied = np.where(np.array(classes) == "mel", rate, 1 - rate)
+    return {"train": tied, "val": tied, "test": np.full(len(classes), 0.5)}
+
+
+def with_ring(images: np.ndarray, rng) -> np.ndarray:
+    """uint8 (N, 3, S, S), each seen through a scope's dark ring as the phantom draws it."""
+    at = (np.arange(images.shape[-1]) + .5) * 2 / images.shape[-1] - 1
+    tube = rng.uniform(1.08, 1.25, (len(images), 1, 1, 1))
+    light = (.5 + .5 * np.tanh((tube - np.hypot(at, at[:, None])) / .04)) * .95 + .05
+    return (images * light + .5).astype(np.uint8)
+
+
+def other_scope(images: np.ndarray, rng) -> np.ndarray:
+    """Taken from nearer, by a lens that resolves half as much: no arithmetic on a pixel does it."""
+    x = to_float(torch.tensor(images))
+    side, edge = x.shape[-1], x.shape[-1] // 8
+    x = F.interpolate(x[..., edge:-edge, edge:-edge], side // 2, mode="bilinear", antialias=True)
+    return to_uint8(F.interpolate(x, side, mode="bilinear")).numpy()
+
+
+ARTEFACTS = {"ring": with_ring, "scope": other_scope}
 
 
 def shows_ring(images: np.ndarray) -> np.ndarray:
@@ -76,6 +112,20 @@ def shows_ring(images: np.ndarray) -> np.ndarray:
     x = (np.arange(size) + .5) * 2 / size - 1
     r, grey = np.hypot(x, x[:, None]), images.mean(1)
     return grey[:, r > 1.3].mean(1) < .45 * grey[:, (r > .6) & (r < .95)].mean(1)
+
+
+def detector(run: Run, splits: dict, shown: dict):
+    """Which of images (N, 3, S, S) show the artefact, (N,) bool, by a network that learnt it from
+    test, where it goes with no class; that of val which it gets right is printed."""
+    test = replace(splits["test"], labels=shown["test"].astype(int), class_names=("no", "yes"))
+    network = loop.student(run, "detector", test, classifier.balanced_weights(test.labels),
+                           run.seed("detector"), 0.3)
+
+    def shows(images):
+        return loop.predict(run, network, images).argmax(1) == 1
+    right = (shows(splits["val"].images) == shown["val"]).mean()
+    print(f"the artefact is recognised in {right:.1%} of val")
+    return shows
 
 
 def corners(root: str) -> str:
@@ -159,13 +209,14 @@ DEFAULT = [f"{arm}@{share}" for share, arms in (
 class Trial(NamedTuple):
     run: Run
     splits: dict
-    rings: dict         # by split, (N,) bool
+    shown: dict         # by split, which images show the artefact, (N,) bool
+    shows: Callable     # which generated images do
 
     @property
     def against(self) -> np.ndarray:
         """(N,) bool: the training images that speak against the shortcut."""
         train = self.splits["train"]
-        return self.rings["train"] != (train.labels == train.class_names.index("mel"))
+        return self.shown["train"] != (train.labels == train.class_names.index("mel"))
 
 
 def scores(trial: Trial, probs: dict) -> dict:
@@ -173,7 +224,7 @@ def scores(trial: Trial, probs: dict) -> dict:
     each against the others; the worst cell: the least recall of a class with or without a ring."""
     found = {}
     for name in ("val", "test"):
-        s, ring = trial.splits[name], trial.rings[name]
+        s, ring = trial.splits[name], trial.shown[name]
         p, one, classes = probs[name], np.ones((len(s), 1)), range(len(s.class_names))
         right = p.argmax(1) == s.labels
         areas = [evaluate.auroc(p[:, c], s.labels == c, one)[0] for c in classes]
@@ -219,7 +270,7 @@ def controls(trial: Trial, probs: np.ndarray) -> dict:
     plain, weights = loop.mixed(trial.run, train)
     loss = -np.log(np.clip(probs[np.arange(len(train)), train.labels], 1e-3, 1))
     of_class = np.bincount(train.labels, loss)[train.labels]
-    even = classifier.balanced_weights(train.labels, trial.rings["train"].astype(int))
+    even = classifier.balanced_weights(train.labels, trial.shown["train"].astype(int))
     how = (("real", weights), ("crop", weights, "crop"), ("mixup", weights, "mixup"),
            ("reweighted", loss / of_class), ("balanced", even))
     return {name: trained(trial, stage, plain, *given)
@@ -239,7 +290,7 @@ def candidates(kit: Kit, arm: loop.Arm, mined, too_near: float) -> Candidates:
 def say(trial: Trial, name: str, m: Candidates, said: dict) -> None:
     """Print what became of an arm's parents. said: of outcome.of_round."""
     s = m.children
-    ring, sick = shows_ring(s.images), s.labels == s.class_names.index("mel")
+    ring, sick = trial.shows(s.images), s.labels == s.class_names.index("mel")
     print(f"  {name}: against the shortcut {trial.against[m.parents].mean():.0%} of the parents, "
           f"{(ring != sick).mean():.0%} of the children; wrong out of fold "
           f"{(said['margin'][m.parents] < 0).mean():.0%} and "
@@ -247,17 +298,18 @@ def say(trial: Trial, name: str, m: Candidates, said: dict) -> None:
           f"{(m.rejected_by > 0).mean():.0%}", flush=True)
 
 
-def added_by(trial: Trial, generator, arms: list[str]) -> tuple[dict, np.ndarray]:
+def added_by(trial: Trial, generator, arms: list[str], stop: int) -> tuple[dict, np.ndarray]:
     """What each arm adds, of all rounds; and the first round's probabilities of train, (N, C)."""
     run, c, splits, train = trial.run, trial.run.config, trial.splits, trial.splits["train"]
     against, count = np.flatnonzero(trial.against), round(
         c.loop.added * len(train) / c.loop.rounds)
     makers = [{a: ARMS[a] for a in arms if a.endswith("_told") == told} for told in (False, True)]
     too_near, first = measures.copy_distance(splits["val"], train), None
+    mining = Run(run.folder, c.replace("classifier", steps=stop), run.fingerprint)
     made, used = {name: [] for name in arms}, []
     for number in range(1, c.loop.rounds + 1):
         synthetic, candidate = loop.kept(made.get("guided"), count), round(count * c.loop.surplus)
-        students, probs = loop.cross_fit(run, number, train, synthetic, min(c.classifier.jitter))
+        students, probs = loop.cross_fit(mining, number, train, synthetic, min(c.classifier.jitter))
         first = probs if first is None else first
         mined = run.stage(f"mined_{number}", loop.mine, run, train, probs, candidate, synthetic,
                           number)
@@ -280,15 +332,19 @@ def added_by(trial: Trial, generator, arms: list[str]) -> tuple[dict, np.ndarray
     return children_used(made, used), first
 
 
-def experiment(run: Run, rate: float, arms: list[tuple[str, float]], also: bool) -> dict:
+def experiment(run: Run, rate: float, artefact: str, stop: int, arms: list[tuple[str, float]],
+               also: bool) -> dict:
     """One draw: {what was done: scores of its students}. also: the diffusion model's own."""
-    c, (splits, rings) = run.config, planted(run.config.data, rate)
+    c, (splits, shown) = run.config, planted(run.config.data, rate, artefact, run.cache)
     run.fingerprint = fingerprint(c, splits)
-    trial, train = Trial(run, splits, rings), splits["train"]
-    require(len({*train.labels[trial.against]}) == len(train.class_names),
-            f"--rate {rate:g}: no image of some class speaks against the shortcut; lower it")
+    shows = shows_ring if artefact == "ring" else detector(run, splits, shown)
+    trial, train = Trial(run, splits, shown, shows), splits["train"]
+    sick = train.labels == train.class_names.index("mel")
+    require({*sick[trial.against]} == {True, False}, f"--rate {rate:g}: no melanoma, or no other "
+            "image, speaks against the shortcut; lower it")
     generator = networks.train_generator(run, train, train, loop.mixed(run, train)[1])
-    added, probs = added_by(trial, generator, sorted({name for name, _ in arms}))
+    run.fingerprint += f"-{stop}"
+    added, probs = added_by(trial, generator, sorted({name for name, _ in arms}), stop)
     found = controls(trial, probs)
     for name, share in arms:
         other = Run(run.folder, c.replace("loop", share=share), run.fingerprint)
@@ -326,10 +382,13 @@ def arm_of(text: str) -> tuple[str, float]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser("shortcut.py", __doc__)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--draws", type=int, nargs="+")
-    which.add_argument("--photographs", metavar="PATH")
+    parser.add_argument("--draws", type=int, nargs="+", default=[])
+    parser.add_argument("--photographs", metavar="PATH", help="of HAM10000; without --draws, only "
+                        "how many have dark corners by themselves")
+    parser.add_argument("--artefact", choices=[*ARTEFACTS], default="ring")
     parser.add_argument("--rate", type=float, default=0.95)
+    parser.add_argument("--stop", type=int, default=0, metavar="STEPS", help="stop the students "
+                        "that mine after so many steps")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     parser.add_argument("--name", default="shortcut")
     parser.add_argument("--against", default="real", help="what the table's gains are over")
@@ -338,24 +397,32 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", metavar="ARM@SHARE", default=DEFAULT)
     arguments = parser.parse_args(argv)
     with one_line("shortcut.py"):
-        if arguments.photographs is not None:
-            print(corners(arguments.photographs))
+        photographs = arguments.photographs
+        require(arguments.draws or photographs, "write --draws K ..., or --photographs PATH")
+        if not arguments.draws:
+            print(corners(photographs))
             return
         arms, found = [*map(arm_of, arguments.arms)], []
         require(0 <= arguments.rate <= 1, f"--rate: wanted 0 to 1, found {arguments.rate}")
+        require(arguments.stop >= 0, f"--stop: wanted 1 or more, found {arguments.stop}")
         require(arguments.against in (*CONTROLS, *(f"{a}@{share:g}" for a, share in arms)),
                 f"--against {arguments.against}: it is not in the table")
         # The arms decide what each adds: stored students are of the same ones.
         names = ", ".join(["real", *sorted({name for name, _ in arms})])
+        config, more = configuration.DEFAULTS, []
+        if photographs:
+            config = config.parent / "configs/ham10000_cpu.yaml"
+            more = [f"data.root={photographs}", "classifier.jitter=[0]"]
         for draw in dict.fromkeys(arguments.draws):
-            c = configuration.load(configuration.DEFAULTS, [
-                *SETTINGS, f"data.seed={draw}", f"loop.seed={draw}", *arguments.set,
+            c = configuration.load(config, [
+                *SETTINGS, *more, f"data.seed={draw}", f"loop.seed={draw}", *arguments.set,
                 f"loop.arms=[{names}]"])
             folder = Path("runs") / arguments.name / f"draw-{draw}"
             folder.parent.mkdir(parents=True, exist_ok=True)
             keep(c, folder)
             with locked(folder):
-                found.append(experiment(Run(folder, c), arguments.rate, arms,
+                found.append(experiment(Run(folder, c), arguments.rate, arguments.artefact,
+                                        arguments.stop or c.classifier.steps, arms,
                                         arguments.generative))
             write_bytes(folder / "scores.json", (json.dumps(found[-1], indent=1) + "\n").encode())
             text = table(found, arguments.against)

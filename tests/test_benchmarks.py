@@ -112,20 +112,34 @@ def test_sensitivity_of_the_survey_is_the_report_s():
         assert table.mean() == pytest.approx(test[subset][metric]["value"], abs=1e-6)
 
 
-def test_a_planted_shortcut_goes_with_melanoma_but_not_in_test():
-    """Shares within four standard errors; the ring is found in the pixels alone, in every one."""
+@pytest.mark.parametrize("artefact", ["ring", "scope"])
+def test_a_planted_shortcut_goes_with_melanoma_but_not_in_test(artefact):
+    """Shares within four standard errors; what shows it differs from the bare picture, no other."""
     import shortcut
     c = configuration.load(configuration.DEFAULTS, [
         "data.size=16", "data.train=400", "data.val=200", "data.test=400"]).data
-    splits, rings = shortcut.planted(c, 0.9)
+    splits, shown = shortcut.planted(c, 0.9, artefact)
     for name, s in splits.items():
-        bare, _ = phantom.collect(name, len(s), 16, c.seed, ring=0)
-        assert (rings[name] == (s.images != bare["images"]).any((1, 2, 3))).all()
+        how = {"ring": 0} if artefact == "ring" else {}
+        bare, _ = phantom.collect(name, len(s), 16, c.seed, **how)
+        assert (shown[name] == (s.images != bare["images"]).any((1, 2, 3))).all()
         sick = s.labels == s.class_names.index("mel")
         for of, share in ((sick, 0.9), (~sick, 0.1)):
             share = 0.5 if name == "test" else share
             error = (share * (1 - share) / of.sum()) ** 0.5
-            assert abs(rings[name][of].mean() - share) <= 4 * error
+            assert abs(shown[name][of].mean() - share) <= 4 * error
+
+
+def test_a_pasted_ring_is_the_phantom_s_and_another_scope_keeps_the_middle():
+    import shortcut
+    bare, ringed = (phantom.draw(200, 32, 3, ring=ring)["images"] for ring in (0, 1))
+    pasted = shortcut.with_ring(bare, np.random.default_rng(0))
+    assert shortcut.shows_ring(pasted).all() and not shortcut.shows_ring(bare).any()
+    assert abs(pasted.mean((0, 1)) - ringed.mean((0, 1))).max() < 15    # grey levels; chance: 5
+    ramp = np.broadcast_to(np.arange(32) * 8, (1, 3, 32, 32)).astype(np.uint8)
+    seen = shortcut.other_scope(ramp, None)[0, 0, 16].astype(float)
+    nearer = 15.5 + (np.arange(32) - 15.5) * 24 / 32                    # 24 pixels fill 32
+    assert np.abs(seen - 8 * nearer)[2:-2].max() < 2
 
 
 def test_the_shortcut_s_stronger_augmentation():
@@ -162,7 +176,7 @@ def test_the_shortcut_s_trial(capsys):
         "ddpm.steps=2", "ddpm.batch=8", "classifier.batch=8", "classifier.steps=2",
         "guidance.steps=2", "loop.seeds=1")]
     arguments = ["--draws", "7", "--rate", "0.7", *small, "--arms", "replay@0.3", "guided@0.3",
-                 "guided@0.1", "guided_told@0.3", "--generative"]
+                 "guided@0.1", "guided_told@0.3", "--generative", "--stop", "1"]
     for _ in range(2):
         shortcut.main(arguments)
         said = capsys.readouterr().out
@@ -173,9 +187,10 @@ def test_the_shortcut_s_trial(capsys):
     assert [*told] == ["guided_told"] and 0 < told["guided_told"] <= 60
     rows = Path("runs/shortcut/table.md").read_text().splitlines()
     assert [row.split(" | ")[0] for row in rows[2:]] == [
-        f"| {name}" for name in (*shortcut.CONTROLS, *arguments[-5:-1], "diffusion model")]
+        f"| {name}" for name in (*shortcut.CONTROLS, *arguments[-7:-3], "diffusion model")]
     for wrong in (["--arms", "guided@2"], ["--rate", "nan"], ["--against", "x"],
-                  ["--rate", "1"], ["--set=loop.rounds=2", "--arms", "replay@0.3"]):
+                  ["--rate", "1"], ["--stop", "-1"],
+                  ["--set=loop.rounds=2", "--arms", "replay@0.3"]):
         with pytest.raises(SystemExit) as stopped:
             shortcut.main(["--draws", "8", *small, *wrong])
         assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
