@@ -16,7 +16,7 @@ could: fewer images, as many of a class in each of these. Beside them, without a
 stronger augmentation (random crops, MixUp), images drawn as often as their out-of-fold loss says
 within their class, and `balanced, told`: even over class and ring.
 What was asked beforehand and what came out: docs/regimes.md. Writes runs/NAME/draw-K/scores.json
-and runs/NAME/table.md; a stopped one goes on where it was.
+and children.png, and runs/NAME/table.md; a stopped one goes on where it was.
 """
 import json
 import re
@@ -42,14 +42,14 @@ from engine.augment import (
     jitter_colour, random_shift, random_turn, to_float, to_uint8)
 from engine.command import Parser, keep, one_line
 from engine.config import require
-from engine.run import Run, fingerprint, locked, write_bytes
+from engine.run import Run, fingerprint, locked, save_picture, write_bytes
 from engine.training import fit
 from extras import measures, networks, outcome
 from extras.children import (
     REASONS, Candidates, Kit, children_used, copied, from_model, from_noise, recoloured)
 from extras.draws import over_draws
+from extras.pictures import contact_sheet
 from generative_classifier import chosen, errors
-from guidance import Drawn
 
 SETTINGS = [
     "guidance.classifier_free=1.0", "guidance.objectives={class_evidence: 0.0, hardness: 0.05}",
@@ -182,18 +182,10 @@ def train_augmented(network, images, labels, weights, *, kind: str, steps: int, 
                weight_decay=0.05, **progress)
 
 
-def cropped(kit: Kit, parents: data.ImageSet, targets, objectives) -> Drawn:
-    """The parents again, each cropped and resized."""
-    generator = torch.Generator().manual_seed(kit.seed)
-    return Drawn(to_uint8(crop(to_float(torch.tensor(parents.images)), generator)).numpy())
-
-
 ARMS = {
     "replay": loop.Arm(copied, filtered=False),
-    "replay_crop": loop.Arm(cropped, filtered=False),
     "recolour": loop.Arm(recoloured, filtered=False),
     "noise": loop.Arm(from_noise),
-    "noise_hard": loop.Arm(from_noise, hardness=True),
     "random": loop.Arm(from_model, parents="random"),
     "varied": loop.Arm(from_model),                     # guided, but for hardness guidance
     "guided": loop.Arm(from_model, hardness=True)}
@@ -298,6 +290,19 @@ def say(trial: Trial, name: str, m: Candidates, said: dict) -> None:
           f"{(m.rejected_by > 0).mean():.0%}", flush=True)
 
 
+def picture(run: Run, made: dict[str, list[Candidates]]) -> None:
+    """RUN/children.png: the last round's children, a row an arm, of the first twelve parents."""
+    last = {name: of[-1] for name, of in made.items() if not name.endswith("_told")}
+    if not last:
+        return
+    _, first = np.unique(next(iter(last.values())).parents, return_index=True)
+    some = np.sort(first)[:12]
+    classes = [m.children.class_names[y] for m in last.values() for y in m.children.labels[some]]
+    save_picture(run.folder / "children.png", contact_sheet(
+        np.concatenate([m.children.images[some] for m in last.values()]), classes, len(some),
+        row_labels=[*last]))
+
+
 def added_by(trial: Trial, generator, arms: list[str], stop: int) -> tuple[dict, np.ndarray]:
     """What each arm adds, of all rounds; and the first round's probabilities of train, (N, C)."""
     run, c, splits, train = trial.run, trial.run.config, trial.splits, trial.splits["train"]
@@ -329,6 +334,7 @@ def added_by(trial: Trial, generator, arms: list[str], stop: int) -> tuple[dict,
         used.append({})
         for some in filter(None, makers):
             used[-1] |= loop.as_many_each(some, {a: made[a] for a in some}, count)
+    picture(run, made)
     return children_used(made, used), first
 
 
@@ -344,7 +350,7 @@ def experiment(run: Run, rate: float, artefact: str, stop: int, arms: list[tuple
             "image, speaks against the shortcut; lower it")
     generator = networks.train_generator(run, train, train, loop.mixed(run, train)[1])
     run.fingerprint += f"-{stop}"
-    added, probs = added_by(trial, generator, sorted({name for name, _ in arms}), stop)
+    added, probs = added_by(trial, generator, [*dict(arms)], stop)
     found = controls(trial, probs)
     for name, share in arms:
         other = Run(run.folder, c.replace("loop", share=share), run.fingerprint)
