@@ -117,7 +117,8 @@ def shows_ring(images: np.ndarray) -> np.ndarray:
 def detector(run: Run, splits: dict, shown: dict):
     """Which of images (N, 3, S, S) show the artefact, (N,) bool, by a network that learnt it from
     test, where it goes with no class; that of val which it gets right is printed."""
-    test = replace(splits["test"], labels=shown["test"].astype(int), class_names=("no", "yes"))
+    test = replace(splits["test"], labels=shown["test"].astype(int), class_names=("no", "yes"),
+                   malignant=(False, True))
     network = loop.student(run, "detector", test, classifier.balanced_weights(test.labels),
                            run.seed("detector"), 0.3)
 
@@ -410,7 +411,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         arms, found = [*map(arm_of, arguments.arms)], []
         require(0 <= arguments.rate <= 1, f"--rate: wanted 0 to 1, found {arguments.rate}")
-        require(arguments.stop >= 0, f"--stop: wanted 1 or more, found {arguments.stop}")
+        require(arguments.stop >= 0, f"--stop: wanted 1 step or more, found {arguments.stop}")
         require(arguments.against in (*CONTROLS, *(f"{a}@{share:g}" for a, share in arms)),
                 f"--against {arguments.against}: it is not in the table")
         # The arms decide what each adds: stored students are of the same ones.
