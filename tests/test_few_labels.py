@@ -83,7 +83,7 @@ def test_labels_that_are_not_told_change_nothing(run, splits, tmp_path):
 
 
 def test_a_run_with_few_labels_ends_in_its_report(tmp_path):
-    folder = new(tmp_path, *FEW, "classifier.steps=60", "classifier.batch=8",
+    folder = new(tmp_path, *FEW, "classifier.steps=45", "classifier.batch=8",
                  "data.labelled=0.5")
     results = json.loads((folder / "results.json").read_text())
     assert list(results["arms"]) == ["real", "pseudo", "guided"]

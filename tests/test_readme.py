@@ -236,7 +236,8 @@ def test_another_test_set_changes_nothing_but_its_scores(tmp_path):
             "ddpm.batch=8", "classifier.steps=45", "classifier.batch=16",
             "classifier.guide_steps=5", "classifier.jitter=[0.3, 0.6]",
             "guidance.steps=2", "guidance.classifier_free=1", "loop.seeds=1", "loop.surplus=2",
-            "loop.arms=[real, guided]", "evaluate.draws=100", "evaluate.oracle=100"])
+            "loop.rounds=1", "loop.arms=[real, guided]", "evaluate.draws=100",
+            "evaluate.oracle=100"])
         folder = tmp_path / str(images)
         folder.mkdir()
         loop.experiment(Run(folder, c))
