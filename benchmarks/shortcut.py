@@ -80,6 +80,11 @@ def planted(c, rate: float, artefact: str = "ring", cache=None) -> tuple[dict, d
     return splits, shown
 
 
+def melanoma(images: data.ImageSet) -> np.ndarray:
+    """(N,) bool."""
+    return images.labels == images.class_names.index("mel")
+
+
 def shares(classes, rate: float) -> dict[str, np.ndarray]:
     """By split, which share of each class, (C,), is to show the artefact."""
     tied = np.where(np.array(classes) == "mel", rate, 1 - rate)
@@ -208,8 +213,7 @@ class Trial(NamedTuple):
     @property
     def against(self) -> np.ndarray:
         """(N,) bool: the training images that speak against the shortcut."""
-        train = self.splits["train"]
-        return self.shown["train"] != (train.labels == train.class_names.index("mel"))
+        return self.shown["train"] != melanoma(self.splits["train"])
 
 
 def scores(trial: Trial, probs: dict) -> dict:
@@ -282,8 +286,7 @@ def candidates(kit: Kit, arm: loop.Arm, mined, too_near: float) -> Candidates:
 
 def say(trial: Trial, name: str, m: Candidates, said: dict) -> None:
     """Print what became of an arm's parents. said: of outcome.of_round."""
-    s = m.children
-    ring, sick = trial.shows(s.images), s.labels == s.class_names.index("mel")
+    ring, sick = trial.shows(m.children.images), melanoma(m.children)
     print(f"  {name}: against the shortcut {trial.against[m.parents].mean():.0%} of the parents, "
           f"{(ring != sick).mean():.0%} of the children; wrong out of fold "
           f"{(said['margin'][m.parents] < 0).mean():.0%} and "
@@ -346,9 +349,8 @@ def experiment(run: Run, rate: float, artefact: str, stop: int, arms: list[tuple
     run.fingerprint = fingerprint(c, splits)
     shows = shows_ring if artefact == "ring" else detector(run, splits, shown)
     trial, train = Trial(run, splits, shown, shows), splits["train"]
-    sick = train.labels == train.class_names.index("mel")
-    require({*sick[trial.against]} == {True, False}, f"--rate {rate:g}: no melanoma, or no other "
-            "image, speaks against the shortcut; lower it")
+    require({*melanoma(train)[trial.against]} == {True, False}, f"--rate {rate:g}: no melanoma, or "
+            "no other image, speaks against the shortcut; lower it")
     generator = networks.train_generator(run, train, train, loop.mixed(run, train)[1])
     run.fingerprint += f"-{stop}"
     added, probs = added_by(trial, generator, [*dict(arms)], stop)

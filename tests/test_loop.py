@@ -80,8 +80,9 @@ def test_a_run_killed_anywhere_and_resumed_gives_the_same_bytes(tiny, tmp_path, 
     """Killed before and after the rename of files of every stage; before it, the temporary file
     stays behind. benchmarks/interrupt.py does it with kill -9 at random moments."""
     rename, kills = os.replace, [
-        ("ddpm.partial.pt", True), ("mined_1.pt", False), ("guided_1_128.pt", False),
-        ("predictions.npz", True), (".png", True), ("results.json", False)]
+        ("ddpm.partial.pt", True), ("ddpm.pt", False), ("mined_1.pt", False),
+        ("guided_1_128.pt", False), ("student_random_1.pt", False), ("predictions.npz", True),
+        (".png", True), ("synthetic.csv", False), ("results.json", False)]
 
     def replace(source, target):
         if kills and Path(target).name.endswith(kills[0][0]):
@@ -97,7 +98,7 @@ def test_a_run_killed_anywhere_and_resumed_gives_the_same_bytes(tiny, tmp_path, 
         with pytest.raises(Killed):
             launch(often, {}, arguments)
         arguments = ["--resume", "runs/tiny"]
-        if len(kills) == 3:             # in the middle of a synthesis: what is done stays done
+        if len(kills) == 5:             # in the middle of a synthesis: what is done stays done
             part = (folder / "checkpoints/guided_1_0.pt").stat()
             assert not (folder / "checkpoints/guided_1_128.pt").exists()
     assert launch(often, {}, arguments) == 0
