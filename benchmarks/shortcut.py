@@ -2,7 +2,7 @@
 
     python benchmarks/shortcut.py --draws 100 101 102 103        # 20 minutes a draw on one core
     python benchmarks/shortcut.py --draws 100 101 102 103 --against replay@0.15     # at once, then
-    python benchmarks/shortcut.py --draws 100 --photographs PATH        # the same on HAM10000
+    python benchmarks/shortcut.py --draws 100 --photographs PATH        # on HAM10000, 50 minutes
     python benchmarks/shortcut.py --photographs PATH        # its own dark corners, by class
 
 The dark ring of a scope, or --artefact scope (nearer, and less sharp), goes with the melanomas:
