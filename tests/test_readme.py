@@ -233,7 +233,7 @@ def test_another_test_set_changes_nothing_but_its_scores(tmp_path):
     for images in (50, 40):
         c = config.load(HERE / "configs/tiny.yaml", [
             f"data.test={images}", "data.train=120", "data.val=40", "unet.width=16", "ddpm.steps=5",
-            "ddpm.batch=8", "classifier.steps=45", "classifier.batch=16",
+            "ddpm.batch=8", "classifier.steps=30", "classifier.batch=8",
             "classifier.guide_steps=5", "classifier.jitter=[0.3, 0.6]",
             "guidance.steps=2", "guidance.classifier_free=1", "loop.seeds=1", "loop.surplus=2",
             "loop.rounds=1", "loop.arms=[real, guided]", "evaluate.draws=100",
