@@ -48,7 +48,7 @@ from extras import measures, networks, outcome
 from extras.children import (
     REASONS, Candidates, Kit, children_used, copied, from_model, from_noise, recoloured)
 from extras.draws import over_draws
-from extras.pictures import contact_sheet
+from extras.pictures import grid
 from generative_classifier import chosen, errors
 
 SETTINGS = [
@@ -301,10 +301,9 @@ def picture(run: Run, made: dict[str, list[Candidates]]) -> None:
         return
     _, first = np.unique(next(iter(last.values())).parents, return_index=True)
     some = np.sort(first)[:12]
-    classes = [m.children.class_names[y] for m in last.values() for y in m.children.labels[some]]
-    save_picture(run.folder / "children.png", contact_sheet(
-        np.concatenate([m.children.images[some] for m in last.values()]), classes, len(some),
-        row_labels=[*last]))
+    cells = [(s.images, [s.class_names[y] for y in s.labels], len(s))
+             for s in (m.children.subset(some) for m in last.values())]
+    save_picture(run.folder / "children.png", grid(cells, len(some), [*last]))
 
 
 def added_by(trial: Trial, generator, arms: list[str], stop: int) -> tuple[dict, np.ndarray]:
